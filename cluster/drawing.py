@@ -1,0 +1,44 @@
+"""`glidepath sample`: pictures of prompts as PNG files with their settings inside, and a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_pipeline.errors import UserError
+from trainer.config import SamplingSettings
+from trainer.sampling import Trained, draw_images, grid, load_trained, png_bytes, two_stage
+
+
+def draw_to_folder(
+    models: Sequence[str], prompts: Sequence[str], settings: SamplingSettings, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Draw from a base model, or through a base model and an upsampler (`models`: one or two URIs), into `folder`.
+
+    Returns {"checkpoint", "samples": grid path, "images": paths}. Raises UserError when a checkpoint is of another recipe.
+    """
+    base = load_recipe(models[0], "glide_base")
+    if len(models) == 2:
+        _, images = two_stage(base, load_recipe(models[1], "glide_upsampler"), prompts, settings, seed)
+    else:
+        images = draw_images(base.recipe, base.modules, prompts, settings, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"checkpoint": " ".join(models), "seed": str(seed), "sampling": settings.model_dump_json()}
+    paths = []
+    for number, (pixels, prompt) in enumerate(zip(images, prompts, strict=True)):
+        paths.append(folder / f"{number:04d}.png")
+        paths[-1].write_bytes(png_bytes(Image.fromarray(pixels), {"prompt": prompt, **about}))
+    sheet = folder / "grid.png"
+    sheet.write_bytes(png_bytes(grid(images, prompts), about))
+    return {"checkpoint": base.uri, "samples": str(sheet), "images": [str(path) for path in paths]}
+
+
+def load_recipe(uri: str, recipe: str) -> Trained:
+    """A trained model that must be of `recipe`."""
+    trained = load_trained(uri)
+    if trained.config.recipe != recipe:
+        raise UserError(f"checkpoint {uri}", f"recipe {recipe}", trained.config.recipe, "give a checkpoint of that recipe")
+    return trained

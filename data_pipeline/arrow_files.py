@@ -1,0 +1,169 @@
+"""Arrow files: tables in the store whose every record batch can be found, mapped and checked by itself.
+
+Always holds: what a batch read returns has the crc32 that was taken when it was written; the same rows give the same
+bytes. The description of a file (ArrowFile) is kept by the caller in a manifest: pyarrow does not expose where batches
+lie, and a file that describes itself cannot vouch for itself. Called by shards.py and by the builder's staging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from data_pipeline.errors import UserError
+from data_pipeline.storage import ObjectNotFound, ObjectStore
+
+BATCH_ROWS = 256
+VERIFY_CHUNK_BYTES = 8 * 2**20
+
+
+class ShardDamaged(UserError):
+    """Stored rows are not what was written. `name` is the object and the batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where one record batch lies in its file, in bytes, and the crc32 of those bytes (8 hex digits)."""
+
+    offset: int
+    length: int
+    rows: int
+    crc32: str
+
+
+@dataclass(frozen=True)
+class ArrowFile:
+    """All that a manifest says of one Arrow file."""
+
+    rows: int
+    bytes: int
+    sha256: str
+    batches: tuple[Batch, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"batches": [asdict(batch) for batch in self.batches]}
+
+    @staticmethod
+    def from_json(document: dict[str, Any]) -> ArrowFile:
+        batches = tuple(Batch(**batch) for batch in document["batches"])
+        return ArrowFile(document["rows"], document["bytes"], document["sha256"], batches)
+
+
+def write_arrow(store: ObjectStore, key: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
+    """Store `batches` as one uncompressed Arrow IPC file, in memory one batch at a time."""
+    description: list[Batch] = []
+    digest, size = hashlib.sha256(), 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in _serialise(schema, batches, description):
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+
+    store.put(key, chunks())
+    return ArrowFile(sum(batch.rows for batch in description), size, digest.hexdigest(), tuple(description))
+
+
+def _serialise(schema: pa.Schema, batches: Iterable[pa.RecordBatch], description: list[Batch]) -> Iterator[bytes]:
+    sink = _Sink()
+    with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            data = sink.drain()
+            # The first write puts the schema before the batch, so a batch is counted back from its end.
+            length = pa.ipc.get_record_batch_size(batch)
+            crc32 = zlib.crc32(memoryview(data)[-length:])
+            description.append(Batch(sink.tell() - length, length, batch.num_rows, f"{crc32:08x}"))
+            yield data
+    yield sink.drain()
+
+
+class _Sink(io.RawIOBase):
+    """Hands on what the Arrow writer writes; positions count from the start of the file, as its padding needs."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.pieces.append(bytes(data))
+        self.position += len(self.pieces[-1])
+        return len(self.pieces[-1])
+
+    def tell(self) -> int:
+        return self.position
+
+    def drain(self) -> bytes:
+        data = b"".join(self.pieces)
+        self.pieces.clear()
+        return data
+
+
+class ArrowReader:
+    """Random access to the batches of one stored file, memory-mapped; safe to share between threads."""
+
+    def __init__(
+        self, store: ObjectStore, key: str, schema: pa.Schema, description: ArrowFile, check_batches: bool = True
+    ) -> None:
+        """Raises ShardDamaged if the object is absent or has another size, UserError if the store is not local.
+
+        `check_batches` False is for a caller that takes single rows and has a checksum for each of them.
+        """
+        self.name, self.schema, self.description = f"{store.uri}/{key}", schema, description
+        path = store.local_path(key)
+        if path is None:
+            raise UserError(self.name, "a store on this machine", store.uri, "copy the dataset to a local folder")
+        found = os.stat(path).st_size if path.is_file() else None
+        if found != description.bytes:
+            # Reading past the end of a mapped file kills the process, so a short one is never mapped.
+            raise damaged(self.name, f"{description.bytes} bytes", "nothing" if found is None else f"{found} bytes")
+        self._file = pa.memory_map(str(path))
+        self._checked: set[int] = set() if check_batches else set(range(len(self)))
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.description.batches)
+
+    def batch(self, index: int) -> pa.RecordBatch:
+        """Batch `index`, sharing the mapped memory; its crc32 is checked at its first use. Raises ShardDamaged."""
+        place = self.description.batches[index]
+        with self._lock:  # the mapped file has one read position
+            self._file.seek(place.offset)
+            message = self._file.read_buffer(place.length)
+            if index not in self._checked:
+                self._check(index, place, message)
+        return pa.ipc.read_record_batch(message, self.schema)
+
+    def _check(self, index: int, place: Batch, message: pa.Buffer) -> None:
+        found = f"{zlib.crc32(message):08x}"
+        if found != place.crc32:
+            raise damaged(f"{self.name} batch {index}", f"crc32 {place.crc32}", found)
+        self._checked.add(index)
+
+
+def damaged(name: str, expected: str, found: str) -> ShardDamaged:
+    return ShardDamaged(name, expected, found, "restore that object, or delete its folder and build again")
+
+
+def sha256_of(store: ObjectStore, key: str) -> str | None:
+    """sha256 of a stored object, in memory one piece at a time; None if there is no such object."""
+    digest, position = hashlib.sha256(), 0
+    try:
+        while piece := store.get_range(key, position, VERIFY_CHUNK_BYTES):
+            digest.update(piece)
+            position += len(piece)
+    except ObjectNotFound:
+        return None
+    return digest.hexdigest()

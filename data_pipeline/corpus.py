@@ -1,0 +1,39 @@
+"""Corpus configuration: what a corpus is built from and what is left out of it.
+
+Always holds: a dataset's content depends on `inputs` (by content), `filters`, `seed` and `shard_rows` alone; `output`,
+`budget` and `executor` decide where, whether and how fast. Called by the command line and the corpus builder.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from data_pipeline.config import Settings, state_folder
+from data_pipeline.filters import FilterSettings
+from data_pipeline.sources import Input
+
+
+class ExecutorSettings(Settings):
+    """Where the passes run."""
+
+    kind: Literal["inline"] = "inline"  # processes of this machine
+    workers: int = Field(1, ge=1)  # 1: in the calling process
+
+
+class CorpusConfig(Settings):
+    """One corpus build."""
+
+    inputs: tuple[Input, ...] = ()
+    output: str | None = None  # URI of the output folder; null: `datasets/<configuration's name>` in the state folder
+    filters: FilterSettings = FilterSettings()
+    budget: float | None = Field(0.05, ge=0, le=1)  # largest bad share of a unit's records; null: any
+    executor: ExecutorSettings = ExecutorSettings()
+    seed: int = Field(0, ge=0)  # of the shuffle
+    shard_rows: int = Field(4096, ge=1)
+
+
+def resolve_output(config: CorpusConfig, name: str) -> CorpusConfig:
+    """`config` with an output; `name` is the configuration's name, such as demo."""
+    return config if config.output else config.model_copy(update={"output": str(state_folder() / "datasets" / name)})

@@ -1,0 +1,74 @@
+"""Emit: the third pass, over one shard: gather its rows from the staged units, write and commit every family.
+
+Always holds: a shard's bytes depend on its plan alone, so any worker, at any time, writes the same; a committed shard is
+not written again. Called by the corpus builder, once per shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipeline import manifests
+from data_pipeline.arrow_files import BATCH_ROWS, ArrowFile, damaged
+from data_pipeline.families import FAMILIES, Family
+from data_pipeline.judge import KeepList
+from data_pipeline.manifests import Document
+from data_pipeline.shards import read_shard_manifest, write_shard
+from data_pipeline.staging import StagedUnit, column_of
+from data_pipeline.storage import ObjectStore
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The rows of one shard: `units` are the folders that they come from; row i is rows[i] of units[unit_of[i]]."""
+
+    dataset_id: str
+    index: int
+    units: tuple[str, ...]
+    ids: Sequence[int]
+    unit_of: Sequence[int]
+    rows: Sequence[int]
+
+
+def plan_shards(dataset_id: str, keep: KeepList, prefixes: Sequence[str], shard_rows: int) -> Iterator[ShardPlan]:
+    """One plan for each `shard_rows` rows of the keep list; a plan names only the units that it needs."""
+    for index, start in enumerate(range(0, len(keep), shard_rows)):
+        part = slice(start, start + shard_rows)
+        needed, unit_of = np.unique(keep.units[part], return_inverse=True)
+        units = tuple(prefixes[number] for number in needed)
+        yield ShardPlan(dataset_id, index, units, keep.ids[part].tolist(), unit_of.tolist(), keep.rows[part].tolist())
+
+
+def emit_shard(store: ObjectStore, plan: ShardPlan) -> list[Document]:
+    """Write and commit one shard in every family; their manifests. Raises ShardDamaged if a staged row is damaged."""
+    staged: list[StagedUnit] = []
+    committed = []
+    for family in FAMILIES.values():
+        manifest = read_shard_manifest(store, plan.dataset_id, family, plan.index)
+        if manifest is None:
+            staged = staged or [_open_unit(store, prefix) for prefix in plan.units]
+            manifest = write_shard(store, plan.dataset_id, family, plan.index, _gather(plan, family, staged))
+        committed.append(manifest)
+    return committed
+
+
+def _open_unit(store: ObjectStore, prefix: str) -> StagedUnit:
+    manifest = manifests.read(store, f"{prefix}manifest.json")
+    if manifest is None:
+        raise damaged(f"{store.uri}/{prefix}manifest.json", "a manifest", "nothing")
+    return StagedUnit(store, f"{prefix}rows.arrow", ArrowFile.from_json(manifest["rows"]))
+
+
+def _gather(plan: ShardPlan, family: Family, staged: Sequence[StagedUnit]) -> Iterator[pa.RecordBatch]:
+    for start in range(0, len(plan.ids), BATCH_ROWS):
+        places = range(start, min(start + BATCH_ROWS, len(plan.ids)))
+        rows = [staged[plan.unit_of[place]].row(family, plan.rows[place]) for place in places]
+        for place, row in zip(places, rows, strict=True):
+            if row["id"] != plan.ids[place]:
+                name = f"{plan.units[plan.unit_of[place]]}rows.arrow row {plan.rows[place]}"
+                raise damaged(name, f"id {plan.ids[place]:016x}", f"{row['id']:016x}")
+        yield pa.RecordBatch.from_arrays([column_of(field, rows) for field in family.schema], schema=family.schema)

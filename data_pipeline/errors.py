@@ -1,0 +1,24 @@
+"""The one exception that users are meant to read.
+
+Everything that bad input, a bad setting or a bad stored object can cause is raised as `UserError` with one line that
+names the object, what was expected, what was found and what to do next. The command line prints that line and exits
+with `exit_code`; any other exception is a defect of Glidepath and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A refusal in one line: object, expected, found, next step. `exit_code` is 1 (failed)."""
+
+    exit_code = 1
+
+    def __init__(self, name: str, expected: str, found: str, next_step: str) -> None:
+        self.name, self.expected, self.found, self.next_step = name, expected, found, next_step
+        super().__init__(f"{name}: expected {expected}, found {found}; {next_step}")
+
+
+class UsageError(UserError):
+    """The command or its configuration is wrong; nothing was started. `exit_code` is 2 (usage)."""
+
+    exit_code = 2

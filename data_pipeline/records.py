@@ -1,0 +1,36 @@
+"""What readers hand to the score pass: one captioned picture, or one that could not be read and why.
+
+Always holds: keys are valid text and unique within a unit; nothing here has been decoded or judged yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "apng", "avif", "jp2", "j2k", "ppm", "tga", "mpo")
+
+# Larger than any picture that is decoded afterwards, small enough that a lying header cannot fill the memory.
+FILE_LIMIT_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture as found: undecoded image bytes, undecoded caption bytes."""
+
+    key: str
+    image_bytes: bytes
+    caption: bytes
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One record that cannot be used. `reason` is short and counted; `detail` is for people."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+def text_key(name: str) -> str:
+    """A file name as valid text: bytes that are not UTF-8 (surrogates in Python) become backslash escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,222 @@
+"""Shards: a committed dataset in a store, written once, read by memory map, verified byte by byte.
+
+Always holds: what is committed is complete. Shard data is stored before the shard's manifest, all shards before their
+family's manifest, all families before the dataset's; a reader starts at the dataset manifest, so it never sees half a
+dataset. Data without a manifest is ignored and may be swept. Called by the corpus builder, the loader and the commands.
+
+    datasets/<dataset id>/manifest.json              identity, rows, families, configuration, funnel
+    datasets/<dataset id>/<family>/manifest.json     producer, schema, every shard's rows, bytes and sha256
+    datasets/<dataset id>/<family>/shard-00000.arrow and .json     the rows; where each record batch lies, with its crc32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from data_pipeline import manifests
+from data_pipeline.arrow_files import BATCH_ROWS, ArrowFile, ArrowReader, ShardDamaged, damaged, sha256_of, write_arrow
+from data_pipeline.errors import UserError
+from data_pipeline.families import FAMILIES, Family
+from data_pipeline.manifests import Document
+from data_pipeline.storage import ObjectStore, open_store
+from data_pipeline.tokenizer import TOKENIZER_SHA256
+
+__all__ = ["Bad", "Dataset", "ShardDamaged", "ShardReader", "open_dataset", "verify_dataset"]
+
+FORMAT = "glidepath-dataset-1"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One part of a dataset that is not as committed."""
+
+    part: str
+    expected: str
+    found: str
+
+
+class ShardReader(ArrowReader):
+    """One shard of one family. `rows` in it; every batch but the last has `batch_rows` rows."""
+
+    batch_rows = BATCH_ROWS
+
+    @property
+    def rows(self) -> int:
+        return self.description.rows
+
+
+class Dataset:
+    """A committed dataset, opened by `open_dataset`. `shard_rows`: rows of each shard, the same in every family."""
+
+    def __init__(self, store: ObjectStore, prefix: str, manifest: Document) -> None:
+        self.store, self.prefix, self.manifest = store, prefix, manifest
+        self.id: str = manifest["id"]
+        self.rows: int = manifest["rows"]
+        self.shard_rows: tuple[int, ...] = tuple(manifest["shard_rows"])
+        self._families: dict[str, Document] = {}
+
+    def families(self) -> tuple[str, ...]:
+        """Names of the committed families, those that were added to the finished dataset included."""
+        depth = self.prefix.count("/") + 2
+        keys = [info.key.split("/") for info in self.store.list(self.prefix)]
+        return tuple(sorted(key[-2] for key in keys if key[-1] == "manifest.json" and len(key) == depth))
+
+    def shard(self, family: str, index: int) -> ShardReader:
+        """Shard `index` of a family. Raises UserError for a family that is not there, ShardDamaged for a damaged shard."""
+        entry = self.family_manifest(family)["shards"][index]
+        key = f"{self.prefix}{family}/{entry['name']}"
+        document = manifests.read(self.store, f"{key}.json")
+        description = ArrowFile.from_json(document["file"]) if document else None
+        if description is None or description.sha256 != entry["sha256"]:
+            found = f"sha256 {description.sha256[:12]}" if description else "no manifest"
+            raise damaged(f"{self.store.uri}/{key}.json", f"sha256 {entry['sha256'][:12]}", found)
+        return ShardReader(self.store, f"{key}.arrow", FAMILIES[family].schema, description)
+
+    def family_manifest(self, family: str) -> Document:
+        """Raises UserError if the family is absent or unknown, or was replaced after the dataset was committed."""
+        if family not in self._families:
+            name = f"dataset {self.id[:12]} family {family}"
+            document = manifests.read(self.store, f"{self.prefix}{family}/manifest.json")
+            if document is None or family not in FAMILIES:
+                raise UserError(name, f"one of {', '.join(self.families())}", "no such family", "choose one of them")
+            committed = self.manifest["families"].get(family, document["sha256"])
+            if document["sha256"] != committed:
+                raise UserError(name, f"manifest {committed[:12]}", document["sha256"][:12], "restore it, or build again")
+            self._families[family] = document
+        return self._families[family]
+
+
+def open_dataset(uri: str) -> Dataset:
+    """The dataset that a URI names: `<output>/datasets/<id>`, or an output folder that holds exactly one.
+
+    Raises UserError if there is none or there are several, if its manifest is damaged, or if its tokens come from
+    another tokenizer than this one.
+    """
+    return open_from(open_store(uri))
+
+
+def open_from(store: ObjectStore) -> Dataset:
+    """`open_dataset` of a store."""
+    prefix = "" if store.exists("manifest.json") else _only_dataset(store)
+    manifest = manifests.read(store, f"{prefix}manifest.json")
+    name = f"dataset {store.uri}/{prefix}".rstrip("/")
+    if manifest is None or manifest.get("format") != FORMAT:
+        found = str(manifest.get("format")) if manifest else "no manifest"
+        raise UserError(name, f"a manifest of format {FORMAT}", found, "check the path, or build again")
+    identity = manifest["identity"]
+    if manifest["id"] != manifests.digest_of(identity):
+        raise UserError(name, f"id {manifests.digest_of(identity)[:12]}", manifest["id"][:12], "restore it, or build again")
+    if identity["tokenizer"] != TOKENIZER_SHA256:
+        expected, found = f"tokenizer {TOKENIZER_SHA256[:12]}", identity["tokenizer"][:12]
+        raise UserError(name, expected, found, "build the dataset again with this version")
+    return Dataset(store, prefix, manifest)
+
+
+def dataset_ids(store: ObjectStore) -> list[str]:
+    """Ids of the datasets committed in an output folder, sorted."""
+    keys = [info.key.split("/") for info in store.list("datasets/")]
+    return [key[1] for key in keys if len(key) == 3 and key[2] == "manifest.json"]
+
+
+def _only_dataset(store: ObjectStore) -> str:
+    ids = dataset_ids(store)
+    if len(ids) != 1:
+        found = f"{len(ids)}: {', '.join(ids)}" if ids else "none"
+        next_step = "name one as <folder>/datasets/<id>" if ids else "build it with: glidepath corpus build"
+        raise UserError(f"dataset {store.uri}", "one committed dataset", found, next_step)
+    return f"datasets/{ids[0]}/"
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+def write_shard(
+    store: ObjectStore, dataset_id: str, family: Family, index: int, batches: Iterable[pa.RecordBatch]
+) -> Document:
+    """Store and commit one shard; its manifest. Writing a shard again gives the same bytes."""
+    key = f"datasets/{dataset_id}/{family.name}/{shard_name(index)}"
+    file = write_arrow(store, f"{key}.arrow", family.schema, batches)
+    document = {
+        "format": FORMAT,
+        "dataset_id": dataset_id,
+        "family": family.name,
+        "shard": index,
+        "schema": family.fingerprint,
+        "producer": family.producer,
+        "tokenizer": TOKENIZER_SHA256,
+        "file": file.to_json(),
+    }
+    return manifests.commit(store, f"{key}.json", document)
+
+
+def read_shard_manifest(store: ObjectStore, dataset_id: str, family: Family, index: int) -> Document | None:
+    """The manifest of a shard that is committed already, or None."""
+    return manifests.read(store, f"datasets/{dataset_id}/{family.name}/{shard_name(index)}.json")
+
+
+def commit_family(store: ObjectStore, dataset_id: str, family: Family, shards: list[Document]) -> Document:
+    """The family's manifest, from the manifests of all its shards."""
+    entries = [
+        {"name": shard_name(shard["shard"])} | {key: shard["file"][key] for key in ("rows", "bytes", "sha256")}
+        for shard in sorted(shards, key=lambda shard: shard["shard"])
+    ]
+    document = {
+        "format": FORMAT,
+        "dataset_id": dataset_id,
+        "family": family.name,
+        "schema": family.fingerprint,
+        "producer": family.producer,
+        "shards": entries,
+    }
+    return manifests.commit(store, f"datasets/{dataset_id}/{family.name}/manifest.json", document)
+
+
+def commit_dataset(store: ObjectStore, identity: Document, families: list[Document], facts: dict[str, Any]) -> Document:
+    """The dataset's manifest, which makes it visible. `facts` may differ between builds of one identity; first wins."""
+    document = facts | {
+        "format": FORMAT,
+        "id": manifests.digest_of(identity),
+        "identity": identity,
+        "rows": identity["rows"],
+        "shard_rows": [shard["rows"] for shard in families[0]["shards"]],
+        "bytes": sum(shard["bytes"] for family in families for shard in family["shards"]),
+        "families": {family["family"]: family["sha256"] for family in families},
+    }
+    return manifests.commit(store, f"datasets/{document['id']}/manifest.json", document, same="id")
+
+
+def verify_dataset(dataset: Dataset | str) -> list[Bad]:
+    """Every part, of an opened dataset or of the one that a URI names, that is not as it was committed.
+
+    Reads every byte. An empty list means that all of them are those that the builder wrote.
+    """
+    try:
+        opened = open_dataset(dataset) if isinstance(dataset, str) else dataset
+        manifests.read(opened.store, f"{opened.prefix}manifest.json")
+    except UserError as error:
+        return [Bad(error.name, error.expected, error.found)]
+    return [bad for family in sorted({*opened.families(), *opened.manifest["families"]}) for bad in _bad_in(opened, family)]
+
+
+def _bad_in(dataset: Dataset, family: str) -> Iterator[Bad]:
+    try:
+        entries = Dataset(dataset.store, dataset.prefix, dataset.manifest).family_manifest(family)["shards"]
+    except UserError as error:
+        yield Bad(error.name, error.expected, error.found)
+        return
+    for index, entry in enumerate(entries):
+        key = f"{dataset.prefix}{family}/{entry['name']}.arrow"
+        found = sha256_of(dataset.store, key)
+        if found != entry["sha256"]:
+            yield Bad(f"{dataset.store.uri}/{key}", f"sha256 {entry['sha256']}", found or "nothing")
+        try:
+            dataset.shard(family, index)
+        except UserError as error:
+            # A wrong size shows in the digest as well; it is one bad part, not two.
+            if not (isinstance(error, ShardDamaged) and error.name.endswith(".arrow")):
+                yield Bad(error.name, error.expected, error.found)

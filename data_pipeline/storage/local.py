@@ -1,0 +1,141 @@
+"""LocalStore: an ObjectStore in a folder of this machine.
+
+Always holds: an object is written to a temporary file in its own folder, flushed to disk, then given its name in one
+file-system operation; so a power cut leaves whole objects and temporary files, never a torn object. The primitive steps
+are methods of their own (`_write`, `_sync`, `_replace`, `_link`, `_unlink`, `_sync_folder`) so that the crash-point
+double can stop at each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from data_pipeline.storage.store import ObjectInfo, ObjectNotFound
+
+TEMPORARY = ".upload-"  # then 32 hexadecimal digits, "-" and the name that the upload is for
+
+
+class LocalStore:
+    """See ObjectStore. The folder is made on the first write."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+        self.uri = str(self.root)
+
+    def put(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
+        path = self._path(key)
+        temporary = self._write_temporary(path, chunks)
+        self._replace(temporary, path)
+        self._sync_folder(path.parent)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        # link() fails if the name exists, and is atomic; rename() would silently replace what another writer committed.
+        path = self._path(key)
+        temporary = self._write_temporary(path, [data])
+        try:
+            self._link(temporary, path)
+            stored = True
+        except FileExistsError:
+            stored = False
+        self._unlink(temporary)
+        self._sync_folder(path.parent)
+        return stored
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectNotFound(f"{self.uri}/{key}") from None
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        try:
+            with self._path(key).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectNotFound(f"{self.uri}/{key}") from None
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        for path in self._files(prefix):
+            if not path.name.startswith(TEMPORARY):
+                yield ObjectInfo(path.relative_to(self.root).as_posix(), path.stat().st_size)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        if path.is_file():
+            self._unlink(path)
+            self._sync_folder(path.parent)
+
+    def sweep_uploads(self, prefix: str = "", owned: Callable[[str], bool] = lambda key: True) -> int:
+        swept = 0
+        for path in self._files(prefix):
+            if path.name.startswith(TEMPORARY) and owned(self._target_key(path)):
+                self._unlink(path)
+                swept += 1
+        return swept
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def _files(self, prefix: str) -> list[Path]:
+        """Sorted files (temporary ones too) whose key, or for temporary ones whose folder, starts with `prefix`."""
+        folder = self.root / prefix.rpartition("/")[0]
+        found = []
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = Path(parent, name)
+                if path.relative_to(self.root).as_posix().startswith(prefix):
+                    found.append(path)
+        return sorted(found, key=lambda path: path.relative_to(self.root).as_posix())
+
+    def _target_key(self, temporary: Path) -> str:
+        name = temporary.name[len(TEMPORARY) + 33 :]
+        return (temporary.parent / name).relative_to(self.root).as_posix()
+
+    def _path(self, key: str) -> Path:
+        parts = PurePosixPath(key).parts
+        if not parts or key.startswith("/") or ".." in parts or parts[-1].startswith(TEMPORARY):
+            raise ValueError(f"object key {key!r}: expected a relative path inside the store")
+        return self.root.joinpath(*parts)
+
+    def _write_temporary(self, path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
+        try:
+            self._write(temporary, chunks)
+            self._sync(temporary)
+        except OSError:
+            # A full disk must not be made fuller by what could not be finished.
+            temporary.unlink(missing_ok=True)
+            raise
+        return temporary
+
+    def _write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        with path.open("xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+
+    def _sync(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _replace(self, temporary: Path, path: Path) -> None:
+        os.replace(temporary, path)
+
+    def _link(self, temporary: Path, path: Path) -> None:
+        os.link(temporary, path)
+
+    def _unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def _sync_folder(self, folder: Path) -> None:
+        self._sync(folder)

@@ -1,0 +1,43 @@
+"""Sweep: remove what saves that never committed left behind.
+
+Always holds: nothing that a committed manifest names is touched, nor anything of the current or a later attempt; a
+manifest that cannot be read keeps its whole folder.
+"""
+
+from __future__ import annotations
+
+from data_pipeline.storage import ObjectStore
+from trainer.checkpoint.attempts import ATTEMPTS
+from trainer.checkpoint.manifest import CHECKPOINTS, CheckpointName, committed, name_of_key, read_manifest
+from trainer.checkpoint.parts import CheckpointDamaged
+
+
+def sweep(store: ObjectStore, attempt: int) -> int:
+    """Delete the orphans of attempts below `attempt`; how many objects. Called by the driver that holds `attempt`."""
+    kept = {name: _files_of(store, name) for name in committed(store)}
+    swept = 0
+    for info in list(store.list(CHECKPOINTS)):
+        name = name_of_key(info.key)
+        if name is None or name.attempt >= attempt:
+            continue
+        files = kept.get(name, frozenset())
+        if files is not None and info.key.removeprefix(name.folder) not in files:
+            store.delete(info.key)
+            swept += 1
+
+    def lower(key: str) -> bool:
+        name = name_of_key(key)
+        return name is not None and name.attempt < attempt
+
+    def taken(key: str) -> bool:
+        return int(key[len(ATTEMPTS) : -len(".json")]) <= attempt
+
+    return swept + store.sweep_uploads(CHECKPOINTS, lower) + store.sweep_uploads(ATTEMPTS, taken)
+
+
+def _files_of(store: ObjectStore, name: CheckpointName) -> frozenset[str] | None:
+    """File names that a committed checkpoint owns; None when its manifest is damaged and nothing can be said."""
+    try:
+        return frozenset({"manifest.json", *(part.file for part in read_manifest(store, name.manifest_key).parts)})
+    except CheckpointDamaged:
+        return None

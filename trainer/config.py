@@ -1,0 +1,149 @@
+"""Settings of a training run that every recipe shares, and what a resume may change of them.
+
+A recipe adds its own keys in a subclass beside it (`trainer/recipes/`). Progress counts images, not steps, and the global
+`batch` is a setting: micro batch and accumulation follow from it and the world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from data_pipeline.config import Settings
+from data_pipeline.errors import UsageError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# What a resume may change: how far, on what, how often - nothing that alters the optimisation or the data.
+MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero.stage")
+
+
+class ZeroSettings(Settings):
+    """How the state is spread over ranks. Stage 0: replicated."""
+
+    stage: Literal[0] = 0
+
+
+class LauncherSettings(Settings):
+    """Where the workers run."""
+
+    kind: Literal["local"] = "local"
+    workers: Positive = 1
+
+
+class CheckpointSettings(Settings):
+    """When to save. A run also saves when it ends."""
+
+    every_images: Positive = 100_000
+
+
+class TrackingSettings(Settings):
+    """Where the curves go: a folder for metrics.jsonl; null means beside the run's store, in `tracking/`."""
+
+    uri: str | None = None
+    consumed_ids: bool = False  # also list the ids of every global batch, in consumed.jsonl
+
+
+class GuardSettings(Settings):
+    """When an update is refused (trainer/guard.py)."""
+
+    window: Positive = 100  # accepted updates that make the history
+    spike_factor: Annotated[float, Field(gt=1)] = 20.0  # skip when loss or gradient norm exceeds its median times this
+    warmup: Positive = 20  # updates before spikes are judged: early norms fall by orders of magnitude
+    halt_after: Positive = 10  # consecutive skips that end the run
+
+
+class HeldoutSettings(Settings):
+    """Loss on data that is never trained on, at fixed positions, noise and timesteps."""
+
+    dataset: str
+    images: Positive = 256
+    every_images: Positive = 100_000
+
+
+class SamplingSettings(Settings):
+    """How to draw from a trained model."""
+
+    guidance_scale: float = 3.0  # 1: the caption alone, above: away from the empty caption (classifier-free guidance)
+    spacing: str = "50"  # sampling steps, as trainer/diffusion/respacing.py reads them
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+    noise_temperature: float = 1.0  # scales the initial noise; the release's upsampler uses 0.997
+
+
+class SampleSettings(Settings):
+    """Grids of fixed prompts at fixed seeds while training."""
+
+    prompts: tuple[str, ...] = ()  # none: the captions (and for an upsampler the pictures) of the first held-out rows
+    every_images: Positive = 100_000
+    sampling: SamplingSettings = SamplingSettings()
+
+
+class TrainConfig(Settings):
+    """The keys of every training configuration (`configs/train/*.yaml`)."""
+
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    recipe: str
+    store: str | None = None  # URI of the run's folder; null: $GLIDEPATH_HOME/runs/<run>
+    dataset: str  # URI; `demo` and `demo-heldout` are built in the state folder when absent
+    images: Positive  # train until this many were consumed, rounded up to whole batches
+    seed: int = 0
+    batch: Positive  # global batch: images per update, at every world size
+    micro_batch: Literal["auto"] | Positive = "auto"
+    lr: Annotated[float, Field(gt=0)]
+    warmup_images: Annotated[int, Field(ge=0)] = 0
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    dropout: Fraction = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    model: Any
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero: ZeroSettings = ZeroSettings()
+    launcher: LauncherSettings = LauncherSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    guard: GuardSettings = GuardSettings()
+    heldout: HeldoutSettings | None = None
+    samples: SampleSettings = SampleSettings()
+
+    def for_evaluation(self) -> TrainConfig:
+        """The same run without what is random in training only; recipes with more of it extend this."""
+        return self.model_copy(update={"dropout": 0.0})
+
+    def micro_batch_size(self) -> int:
+        """Images per forward pass and rank: the setting, or for `auto` at most 16 (kind to a small machine)."""
+        return 16 if self.micro_batch == "auto" else self.micro_batch
+
+
+def refuse_changed_keys(stored: dict[str, Any], config: TrainConfig, run: str) -> None:
+    """Raise UsageError naming the first key that a resume changes and must not. `stored`: the run's resolved config."""
+    now = dict(flat_keys(config.model_dump(mode="json")))
+    then = dict(flat_keys(stored))
+    for key in sorted(now.keys() | then.keys()):
+        if now.get(key) == then.get(key) or any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
+            continue
+        raise UsageError(
+            f"run {run}: key {key}",
+            f"{then.get(key)!r} as the run began",
+            f"{now.get(key)!r}",
+            f"on resume only {', '.join(MAY_CHANGE)} may change; choose another run and store for a new one",
+        )
+
+
+def flat_keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a nested dictionary."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def lr_at(images: int, lr: float, warmup_images: int) -> float:
+    """Learning rate of the update that begins at `images`: linear warm-up, then constant (GLIDE, ADM: no decay)."""
+    if images >= warmup_images:
+        return lr
+    return lr * (images + 1) / warmup_images

@@ -1,0 +1,1 @@
+"""Engines: one trained part on this rank, behind the Engine protocol."""

@@ -1,0 +1,61 @@
+"""Group: the ranks of a run and the few collectives that Glidepath itself needs of them.
+
+Always holds: called on the main thread only, by every rank in the same order; with one rank it needs no process group.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Group:
+    """This rank's place among `world_size` ranks. `open_group` makes one."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_agree(self, good: bool) -> bool:
+        """True on every rank if it is true on every rank."""
+        return int(self.sum_(torch.tensor(0 if good else 1))) == 0
+
+    def broadcast(self, document: Any) -> Any:
+        """Rank 0's JSON document, on every rank. JSON, not pickle: nothing that arrives is ever executed."""
+        if self.world_size == 1:
+            return document
+        data = json.dumps(document).encode() if self.rank == 0 else b""
+        size = torch.tensor(len(data))
+        dist.broadcast(size, 0)
+        payload = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == 0:
+            payload.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(payload, 0)
+        return json.loads(bytes(payload.numpy()))
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def open_group(rank: int, world_size: int, rendezvous: str, timeout_s: float = 600.0) -> Group:
+    """Meet the other ranks (gloo) at `rendezvous`, a URI that torch.distributed takes, such as file:///…"""
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=rendezvous,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    return Group(rank, world_size)

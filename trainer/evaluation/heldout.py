@@ -1,0 +1,78 @@
+"""Held-out loss: the recipe's own loss on rows that are never trained on, at fixed positions, noise and timesteps.
+
+Always holds: the same weights give the same figure at any time and world size up to the order of additions; captions can be
+right, or those of another row (`shuffled`), to see whether the model listens to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from data_pipeline.loader import Column, Loader, Rows, read_rows
+from data_pipeline.draws import Draws
+from data_pipeline.order import SampleOrder, micro_batches
+from data_pipeline.shards import Dataset
+from trainer.config import HeldoutSettings, TrainConfig
+from trainer.engine.group import Group
+from trainer.recipes import make_recipe
+
+Captions = Literal["right", "shuffled"]
+CAPTION_COLUMNS = ("tokens", "n_tokens")
+EVALUATION_SEED = 20_211_220  # fixed: figures of different runs and seeds compare
+EVALUATION_BATCH = 16
+
+
+def heldout_loss(
+    config: TrainConfig,
+    modules: Mapping[str, nn.Module],
+    dataset: Dataset,
+    settings: HeldoutSettings,
+    group: Group,
+    captions: Captions = "right",
+) -> dict[str, float]:
+    """Mean of every loss term over `settings.images` held-out rows (cut to whole batches); a collective call.
+
+    `modules` must be in evaluation mode. With `captions="shuffled"` each row has its neighbour's caption.
+    """
+    recipe = make_recipe(config.for_evaluation())
+    batch = min(EVALUATION_BATCH, dataset.rows)
+    order = SampleOrder(dataset.id, dataset.shard_rows, EVALUATION_SEED, batch)
+    images = min(settings.images, order.epoch_images) // batch * batch
+
+    def prepare(rows: Rows, draws: Draws) -> Any:
+        return recipe.prepare(rows if captions == "right" else shuffled_captions(rows), draws)
+
+    # Every rank takes whole batches, so that shuffling stays inside a batch whatever the world size.
+    starts = range(batch * group.rank, images, batch * group.world_size)
+    terms = [(phase, name) for phase in recipe.phases() for name in phase.terms]
+    sums = torch.zeros(len(terms), dtype=torch.float64)
+    loader = Loader(dataset, order, recipe.columns, prepare, micro_batches(batch, 0, 1, batch))
+    with torch.no_grad():
+        for micro in _batches_at(loader, starts):
+            losses = {phase: phase.loss(modules, micro.batch, micro.draws) for phase in recipe.phases()}
+            sums += torch.stack([losses[phase][name].double().sum() for phase, name in terms])
+    means = (group.sum_(sums) / images).tolist()
+    return {name: mean for (_, name), mean in zip(terms, means, strict=True)}
+
+
+def _batches_at(loader: Loader, starts: range) -> Iterator[Any]:
+    for start in starts:
+        for micro_batch_list in loader.batches(start, start + loader.order.batch):
+            yield from micro_batch_list
+
+
+def shuffled_captions(rows: Rows) -> Rows:
+    """The rows with every caption given to the next row."""
+    return {name: np.roll(values, 1, axis=0) if name in CAPTION_COLUMNS else values for name, values in rows.items()}
+
+
+def first_rows(dataset: Dataset, columns: tuple[Column, ...], count: int) -> Rows:
+    """Columns of `count` held-out rows, the same at every call, for grids."""
+    order = SampleOrder(dataset.id, dataset.shard_rows, EVALUATION_SEED, min(EVALUATION_BATCH, dataset.rows))
+    count = min(count, order.epoch_images)
+    return read_rows(dataset, columns, *order.rows_at(np.arange(count, dtype=np.int64)))

@@ -1,0 +1,59 @@
+"""The recipe seam: what is trained. The loop knows no recipe by name.
+
+A recipe says which columns it reads, which networks (parts) it has, which updates (phases) make one step, and how to
+sample from the result. To add a system from the literature, add one recipe file, and a model file where the model is new,
+and name it in `trainer/recipes/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from data_pipeline.draws import Draws
+from data_pipeline.loader import Column, Rows
+from trainer.config import SamplingSettings
+
+Pixels = NDArray[np.uint8]
+Batch = Mapping[str, Tensor]
+Losses = Mapping[str, Tensor]  # terms per sample, each [b] float32; "total" is the one that is minimised
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network, and whether it is optimised."""
+
+    build: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One update of one part; the loop freezes every other part meanwhile."""
+
+    part: str
+    terms: tuple[str, ...]  # names of the loss terms, "total" among them
+    loss: Callable[[Mapping[str, nn.Module], Batch, Draws], Losses]
+
+
+class Recipe(Protocol):
+    """What the loop, held-out evaluation and sampling need to know of a training system."""
+
+    columns: tuple[Column, ...]
+
+    def parts(self) -> dict[str, Part]: ...
+
+    def phases(self) -> tuple[Phase, ...]: ...
+
+    def prepare(self, rows: Rows, draws: Draws) -> Batch:
+        """Tensors of a micro batch from its rows. Pure; runs in loader threads."""
+
+    def conditions(self, prompts: Sequence[str], images: Pixels | None) -> Batch:
+        """What `sample` needs: prompts, and for a recipe that starts from pictures, `images` uint8 [b, h, w, 3]."""
+
+    def sample(self, parts: Mapping[str, nn.Module], conditions: Batch, draws: Draws, settings: SamplingSettings) -> Pixels:
+        """Images uint8 [b, H, W, 3] for the conditions, each a function of its own position in `draws` alone."""

@@ -1,0 +1,1 @@
+"""Trackers: where curves, pictures and events of a run go."""
