@@ -27,7 +27,9 @@ app.add_typer(corpus_app, name="corpus")
 app.add_typer(checkpoints_app, name="checkpoints")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a preset.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Run = Annotated[str, typer.Argument(help="A run's store URI, or its name in the state folder.")]
 
@@ -148,7 +150,9 @@ def sample(
 
     values = {"guidance_scale": guidance, "spacing": spacing, "sampler": sampler}
     settings = parse(SamplingSettings, values, "sample")
-    models = [model if "checkpoints/images-" in model else run_store(model) for model in (checkpoint, upsampler) if model]
+    models = [
+        model if "checkpoints/images-" in model else run_store(model) for model in (checkpoint, upsampler) if model
+    ]
     show(draw_to_folder(models, prompt, settings, seed, out), as_json)
 
 

@@ -1,8 +1,8 @@
 """`glidepath demo`: the whole road on a small real corpus, with the proof that it works.
 
-Corpus -> shards -> base model (one worker is killed on the way, the run goes on) -> text-free twin -> upsampler -> guided
-pictures through both stages. Always holds: every figure printed was measured in this run; a check that fails makes the
-demo fail. Finished steps are taken from the state folder, so an interrupted demo goes on.
+Corpus -> shards -> base model (one worker is killed on the way, the run goes on) -> text-free twin -> upsampler ->
+guided pictures through both stages. Always holds: every figure printed was measured in this run; a check that fails
+makes the demo fail. Finished steps are taken from the state folder, so an interrupted demo goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cluster.console import progress_bar, say
 from cluster.drawing import load_recipe
@@ -47,7 +46,7 @@ def run_demo() -> dict[str, Any]:
     models = load_recipe(base["checkpoint"], "glide_base"), load_recipe(upsampler["checkpoint"], "glide_upsampler")
     shuffled = shuffled_loss(models[0])
     prompts = list(base_config.samples.prompts)
-    small, large = two_stage(*models, prompts, SAMPLING, seed=0)
+    _, large = two_stage(*models, prompts, SAMPLING, seed=0)
     samples = state_folder() / "demo" / "grid.png"
     samples.parent.mkdir(parents=True, exist_ok=True)
     samples.write_bytes(png_bytes(grid(large, prompts), {"checkpoint": base["checkpoint"]}))

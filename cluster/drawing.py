@@ -18,7 +18,8 @@ def draw_to_folder(
 ) -> dict[str, Any]:
     """Draw from a base model, or through a base model and an upsampler (`models`: one or two URIs), into `folder`.
 
-    Returns {"checkpoint", "samples": grid path, "images": paths}. Raises UserError when a checkpoint is of another recipe.
+    Returns {"checkpoint", "samples": grid path, "images": paths}. Raises UserError when a checkpoint is of another
+    recipe.
     """
     base = load_recipe(models[0], "glide_base")
     if len(models) == 2:
@@ -40,5 +41,7 @@ def load_recipe(uri: str, recipe: str) -> Trained:
     """A trained model that must be of `recipe`."""
     trained = load_trained(uri)
     if trained.config.recipe != recipe:
-        raise UserError(f"checkpoint {uri}", f"recipe {recipe}", trained.config.recipe, "give a checkpoint of that recipe")
+        raise UserError(
+            f"checkpoint {uri}", f"recipe {recipe}", trained.config.recipe, "give a checkpoint of that recipe"
+        )
     return trained

@@ -1,8 +1,8 @@
 """Launchers: how the workers of a run come to run, and what happens when one dies.
 
-Always holds: the workers of a run live and die together - one that ends badly ends all, since a collective would wait for
-it for ever; nothing is restarted here: the same command goes on from the newest checkpoint. Called by the command line
-and the demo.
+Always holds: the workers of a run live and die together - one that ends badly ends all, since a collective would wait
+for it for ever; nothing is restarted here: the same command goes on from the newest checkpoint. Called by the command
+line and the demo.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A training run from its configuration to its result: datasets, attempt, launcher, summary. For the command line and demo.
+"""A training run from its configuration to its result: datasets, attempt, launcher, summary. For the command line and
+demo.
 
 Always holds: bad configuration, dataset or store is refused here, before any worker starts.
 """

@@ -21,7 +21,7 @@ from data_pipeline.families import CODEC_VERSIONS, FAMILIES
 from data_pipeline.judge import KeepList, judge
 from data_pipeline.manifests import Document, digest_of
 from data_pipeline.score import score_unit, unit_prefix
-from data_pipeline.shards import Dataset, commit_dataset, commit_family, open_dataset, open_from
+from data_pipeline.shards import Dataset, commit_dataset, commit_family, open_dataset
 from data_pipeline.sources import Unit, list_units
 from data_pipeline.storage import ObjectStore, open_store
 from data_pipeline.tokenizer import TOKENIZER_SHA256
@@ -42,8 +42,8 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Build, or find already built, the dataset of `config`; the summary that `inspect_dataset` gives.
 
-    `executor` and `store` replace those that the configuration names. Raises UserError when an input is missing or holds
-    no usable record, when a unit exceeds the budget of bad records, and when stored data is damaged.
+    `executor` and `store` replace those that the configuration names. Raises UserError when an input is missing or
+    holds no usable record, when a unit exceeds the budget of bad records, and when stored data is damaged.
     """
     executor = executor or InlineExecutor(config.executor.workers)
     store = store or open_store(_output(config))
@@ -65,12 +65,19 @@ def build_corpus(
     plans = list(plan_shards(digest_of(identity), keep, prefixes, config.shard_rows))
     shards = _run(executor, partial(emit_shard, store), plans, "emit", progress)
     families = [
-        commit_family(store, digest_of(identity), family, [shard for group in shards for shard in group if shard["family"] == name])
+        commit_family(
+            store,
+            digest_of(identity),
+            family,
+            [shard for group in shards for shard in group if shard["family"] == name],
+        )
         for name, family in FAMILIES.items()
     ]
     facts = {
         "config": config.model_dump(mode="json", exclude={"output", "executor"}),
-        "units": [{"digest": unit["unit"], "bytes": unit["bytes"], "in": unit["in"], "out": unit["out"]} for unit in scored],
+        "units": [
+            {"digest": unit["unit"], "bytes": unit["bytes"], "in": unit["in"], "out": unit["out"]} for unit in scored
+        ],
         "funnel": funnel,
         "quarantined": sum(unit["quarantined"] for unit in scored),
     }
@@ -157,8 +164,12 @@ def _funnel(scored: Sequence[Document], keep: KeepList) -> Document:
     if funnel["in"] != funnel["out"] + dropped.total():
         raise AssertionError(f"records were lost without a reason: {funnel}")
     if not len(keep):
-        reasons = ", ".join(f"{reason} {count}" for reason, count in funnel["dropped"].items()) or "the inputs are empty"
-        raise UserError("corpus", "at least one usable record", f"0 of {funnel['in']}: {reasons}", "check inputs and filters")
+        reasons = (
+            ", ".join(f"{reason} {count}" for reason, count in funnel["dropped"].items()) or "the inputs are empty"
+        )
+        raise UserError(
+            "corpus", "at least one usable record", f"0 of {funnel['in']}: {reasons}", "check inputs and filters"
+        )
     return funnel
 
 

@@ -135,7 +135,9 @@ def _usage_error(model: type[Settings], invalid: ValidationError, source: str) -
     if error["type"] == "extra_forbidden":
         keys = sorted(_fields_at(model, error["loc"][:-1]))
         near = difflib.get_close_matches(location[-1], keys, n=1, cutoff=0.0)
-        return UsageError(name, f"one of {', '.join(keys)}", "an unknown key", f"did you mean {near[0] if near else '-'}?")
+        return UsageError(
+            name, f"one of {', '.join(keys)}", "an unknown key", f"did you mean {near[0] if near else '-'}?"
+        )
     if error["type"] == "missing":
         return UsageError(name, "a value", "none", f"add {'.'.join(location)}: … or {'.'.join(location)}=…")
     message = error["msg"].removeprefix("Value error, ")
@@ -150,7 +152,9 @@ def _fields_at(model: Any, location: typing.Sequence[int | str]) -> set[str]:
     for part in location:
         if isinstance(part, int) or part not in fields:  # list index, or the tag of a union
             continue
-        fields = {name: field for inner in _models_in(fields[part].annotation) for name, field in inner.model_fields.items()}
+        fields = {
+            name: field for inner in _models_in(fields[part].annotation) for name, field in inner.model_fields.items()
+        }
     return set(fields)
 
 

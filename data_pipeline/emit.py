@@ -1,7 +1,7 @@
 """Emit: the third pass, over one shard: gather its rows from the staged units, write and commit every family.
 
-Always holds: a shard's bytes depend on its plan alone, so any worker, at any time, writes the same; a committed shard is
-not written again. Called by the corpus builder, once per shard.
+Always holds: a shard's bytes depend on its plan alone, so any worker, at any time, writes the same; a committed shard
+is not written again. Called by the corpus builder, once per shard.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class _Refusal(NamedTuple):
 
 
 def _carrying_refusals(function: Callable[[Item], Result], item: Item) -> Result | _Refusal:
-    # An exception whose constructor takes other arguments than its message cannot be unpickled, and the pool would break.
+    # An exception whose constructor takes more than its message cannot be unpickled: it would break the pool.
     try:
         return function(item)
     except UserError as error:

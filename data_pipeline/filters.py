@@ -30,10 +30,10 @@ class FilterSettings(Settings):
     """A preset, and thresholds that replace those of the preset; an explicit null means no limit."""
 
     preset: Literal["none", "basic"] = "basic"
-    min_side: int | None = Field(None, ge=1)  # pixels
-    max_aspect: float | None = Field(None, ge=1)  # longer side / shorter side
-    min_caption: int | None = Field(None, ge=0)  # characters after normalisation
-    max_caption: int | None = Field(None, ge=0)
+    min_side: int | None = Field(default=None, ge=1)  # pixels
+    max_aspect: float | None = Field(default=None, ge=1)  # longer side / shorter side
+    min_caption: int | None = Field(default=None, ge=0)  # characters after normalisation
+    max_caption: int | None = Field(default=None, ge=0)
 
     def resolved(self) -> Thresholds:
         """The thresholds in force; these, not the preset's name, stand in the dataset's identity."""

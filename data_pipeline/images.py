@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import cast
 
 import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from typing_extensions import Buffer
 
 Pixels = NDArray[np.uint8]
@@ -44,7 +45,13 @@ EXIF_ORIENTATION = 0x0112
 class ImageError(Exception):
     """An image that cannot be used. `reason` is one of REASONS; `detail` is for people."""
 
-    REASONS = ("image_empty", "image_unknown_format", "image_too_many_pixels", "image_damaged", "image_unsupported_mode")
+    REASONS = (
+        "image_empty",
+        "image_unknown_format",
+        "image_too_many_pixels",
+        "image_damaged",
+        "image_unsupported_mode",
+    )
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
@@ -110,7 +117,8 @@ def area_resize(square: Pixels, side: int) -> Pixels:
     """
     if square.shape[0] == side:
         return square
-    return cv2.resize(square, (side, side), interpolation=cv2.INTER_AREA if square.shape[0] > side else cv2.INTER_CUBIC)
+    filter_ = cv2.INTER_AREA if square.shape[0] > side else cv2.INTER_CUBIC
+    return cast(Pixels, cv2.resize(square, (side, side), interpolation=filter_))
 
 
 def centre_crop_resize(pixels: Pixels, side: int) -> Pixels:
@@ -162,7 +170,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 (upright) where the EXIF block is absent or unreadable, as viewers do."""
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # Pillow's EXIF parser raises OSError, SyntaxError, struct.error, … on pictures whose pixels load
+    except Exception:  # noqa: BLE001  (OSError, SyntaxError, struct.error, … on pictures whose pixels load)
         return 1
 
 
@@ -181,11 +189,11 @@ def _open(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bomb and EXIF warnings: PIXEL_LIMIT decides, not Pillow's own limit
             return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError("image_unknown_format", f"{len(data)} bytes starting {data[:8]!r}") from None
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_many_pixels", str(error)) from None
-    except Exception as error:  # Pillow's readers raise anything on hostile headers; nothing but Pillow runs in here
+    except Exception as error:  # noqa: BLE001  (Pillow raises anything on hostile headers; only Pillow runs in here)
         raise ImageError("image_damaged", f"{type(error).__name__}: {error}") from None
 
 
@@ -198,7 +206,7 @@ def _decode_with_pillow(data: bytes) -> Pixels:
                 pixels = _to_rgb(image)
         except ImageError:
             raise
-        except Exception as error:  # OSError, ValueError, TypeError, SyntaxError, … from hostile pixel data
+        except Exception as error:  # noqa: BLE001  (OSError, ValueError, TypeError, … from hostile pixel data)
             raise ImageError("image_damaged", f"{type(error).__name__}: {error}") from None
         return _upright(pixels, _orientation(image))
 

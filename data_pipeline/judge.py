@@ -43,7 +43,10 @@ class KeepList:
 
 def judge(store: ObjectStore, prefixes: Sequence[str], scored: Sequence[Document], seed: int) -> KeepList:
     """The keep list of units stored under `prefixes`, with their manifests. Raises UserError on an id collision."""
-    tables = [_survivors(store, prefix, unit, number) for number, (prefix, unit) in enumerate(zip(prefixes, scored, strict=True))]
+    tables = [
+        _survivors(store, prefix, unit, number)
+        for number, (prefix, unit) in enumerate(zip(prefixes, scored, strict=True))
+    ]
     survivors = pa.concat_tables(tables).sort_by("id")
     ids = survivors["id"].to_numpy()
     _refuse_collisions(ids, survivors)

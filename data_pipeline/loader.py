@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -119,12 +120,12 @@ class Loader:
                 pending.append([pool.submit(self._micro_batch, start + begin, start + end) for begin, end in self.cut])
 
             try:
-                for _, start in zip(range(self.ahead), starts, strict=False):
+                for start in islice(starts, self.ahead):
                     submit(start)
                 while pending:
                     ready = [future.result() for future in pending.popleft()]
-                    if (start := next(starts, None)) is not None:
-                        submit(start)
+                    for following in islice(starts, 1):
+                        submit(following)
                     yield ready
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -1,8 +1,8 @@
 """Manifests: JSON documents that commit what they describe.
 
-Always holds: a stored manifest is the canonical JSON of its content and carries the sha256 of the rest of itself, so any
-changed byte is found; it is written once, by put-if-absent, after everything it names. Called by the corpus builder
-(units, shards, families, datasets) and by readers.
+Always holds: a stored manifest is the canonical JSON of its content and carries the sha256 of the rest of itself, so
+any changed byte is found; it is written once, by put-if-absent, after everything it names. Called by the corpus
+builder (units, shards, families, datasets) and by readers.
 """
 
 from __future__ import annotations

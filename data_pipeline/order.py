@@ -7,8 +7,8 @@ size, the past or a saved shuffle. Memory is two integers per shard. Called by t
 How a position becomes a row, in epoch e:
 1. the shards are put into an order keyed by (seed, e), and the rows, counted along that order and rotated by a keyed
    amount, form one virtual sequence v of N rows;
-2. v is cut into L lanes of N // L rows; place i of every global batch reads lane i // (B / L), so that a rank, which owns
-   a contiguous range of places, reads few shards at a time;
+2. v is cut into L lanes of N // L rows; place i of every global batch reads lane i // (B / L), so that a rank, which
+   owns a contiguous range of places, reads few shards at a time;
 3. a lane advances through windows of WINDOW_ROWS rows, permuted within the window by a keyed Feistel bijection.
 """
 
@@ -135,9 +135,10 @@ def _feistel_rounds(
 def micro_batches(batch: int, rank: int, world_size: int, micro_batch: int) -> list[tuple[int, int]]:
     """The places [begin, end) of the global batch that a rank takes, cut into micro batches of at most `micro_batch`.
 
-    A rank owns [batch * rank // world_size, batch * (rank + 1) // world_size): exact for every world size. All ranks get
-    the same number of micro batches, since each is a collective step; the last ones of a rank may be empty.
+    A rank owns [batch * rank // world_size, batch * (rank + 1) // world_size): exact for every world size. All ranks
+    get the same number of micro batches, since each is a collective step; the last ones of a rank may be empty.
     """
     begin, end = batch * rank // world_size, batch * (rank + 1) // world_size
-    steps = -(-(-(-batch // world_size)) // micro_batch)
+    largest_share = math.ceil(batch / world_size)
+    steps = math.ceil(largest_share / micro_batch)
     return [(min(begin + i * micro_batch, end), min(begin + (i + 1) * micro_batch, end)) for i in range(steps)]

@@ -7,7 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "apng", "avif", "jp2", "j2k", "ppm", "tga", "mpo")
+IMAGE_SUFFIXES = (
+    "jpg",
+    "jpeg",
+    "jfif",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "apng",
+    "avif",
+    "jp2",
+    "j2k",
+    "ppm",
+    "tga",
+    "mpo",
+)
 
 # Larger than any picture that is decoded afterwards, small enough that a lying header cannot fill the memory.
 FILE_LIMIT_BYTES = 128 * 2**20

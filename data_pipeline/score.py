@@ -1,6 +1,6 @@
 """Score: the first pass, over one input unit: read, filter, decode, and stage what survives.
 
-Always holds: every record of the unit has one row in the verdict table, with the reason if it is dropped; broken records
+Always holds: every record of the unit has one row in the verdict table, with the reason if it is dropped; broken ones
 (as opposed to filtered ones) are in the quarantine table too. The unit's manifest, stored last, commits all of it; a
 committed unit is never scored again with the same settings. Called by the corpus builder, once per unit.
 
@@ -87,7 +87,7 @@ def row_id(unit_digest: str, key: str) -> int:
 
 
 def score_unit(store: ObjectStore, limits: Thresholds, unit: Unit) -> Document:
-    """Score and commit one unit; its manifest. A committed unit is only looked up. Raises UserError if it is damaged."""
+    """Score and commit one unit; its manifest. A committed unit is only looked up: UserError if it is damaged."""
     prefix = unit_prefix(unit.digest, limits)
     committed = manifests.read(store, f"{prefix}manifest.json")
     if committed is not None:

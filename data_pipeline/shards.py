@@ -6,7 +6,7 @@ dataset. Data without a manifest is ignored and may be swept. Called by the corp
 
     datasets/<dataset id>/manifest.json              identity, rows, families, configuration, funnel
     datasets/<dataset id>/<family>/manifest.json     producer, schema, every shard's rows, bytes and sha256
-    datasets/<dataset id>/<family>/shard-00000.arrow and .json     the rows; where each record batch lies, with its crc32
+    datasets/<dataset id>/<family>/shard-00000.arrow and .json     rows; where each batch lies, with its crc32
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Dataset:
         return tuple(sorted(key[-2] for key in keys if key[-1] == "manifest.json" and len(key) == depth))
 
     def shard(self, family: str, index: int) -> ShardReader:
-        """Shard `index` of a family. Raises UserError for a family that is not there, ShardDamaged for a damaged shard."""
+        """Shard `index` of a family. Raises UserError for a family that is not there, ShardDamaged."""
         entry = self.family_manifest(family)["shards"][index]
         key = f"{self.prefix}{family}/{entry['name']}"
         document = manifests.read(self.store, f"{key}.json")
@@ -85,7 +85,9 @@ class Dataset:
                 raise UserError(name, f"one of {', '.join(self.families())}", "no such family", "choose one of them")
             committed = self.manifest["families"].get(family, document["sha256"])
             if document["sha256"] != committed:
-                raise UserError(name, f"manifest {committed[:12]}", document["sha256"][:12], "restore it, or build again")
+                raise UserError(
+                    name, f"manifest {committed[:12]}", document["sha256"][:12], "restore it, or build again"
+                )
             self._families[family] = document
         return self._families[family]
 
@@ -109,7 +111,9 @@ def open_from(store: ObjectStore) -> Dataset:
         raise UserError(name, f"a manifest of format {FORMAT}", found, "check the path, or build again")
     identity = manifest["identity"]
     if manifest["id"] != manifests.digest_of(identity):
-        raise UserError(name, f"id {manifests.digest_of(identity)[:12]}", manifest["id"][:12], "restore it, or build again")
+        raise UserError(
+            name, f"id {manifests.digest_of(identity)[:12]}", manifest["id"][:12], "restore it, or build again"
+        )
     if identity["tokenizer"] != TOKENIZER_SHA256:
         expected, found = f"tokenizer {TOKENIZER_SHA256[:12]}", identity["tokenizer"][:12]
         raise UserError(name, expected, found, "build the dataset again with this version")
@@ -200,7 +204,9 @@ def verify_dataset(dataset: Dataset | str) -> list[Bad]:
         manifests.read(opened.store, f"{opened.prefix}manifest.json")
     except UserError as error:
         return [Bad(error.name, error.expected, error.found)]
-    return [bad for family in sorted({*opened.families(), *opened.manifest["families"]}) for bad in _bad_in(opened, family)]
+    return [
+        bad for family in sorted({*opened.families(), *opened.manifest["families"]}) for bad in _bad_in(opened, family)
+    ]
 
 
 def _bad_in(dataset: Dataset, family: str) -> Iterator[Bad]:

@@ -25,11 +25,12 @@ from data_pipeline.tars import read_tar
 
 Kind = Literal["webdataset", "img2dataset", "folder", "demo"]
 
+READ_BYTES = 2**20
 TAR_ENDINGS = (".tar", ".tgz", ".tar.gz")
 
 
 class Input(Settings):
-    """One input of a corpus. `uri`: a tar or a folder of tars; a folder of pictures; for `demo`, `train` or `heldout`."""
+    """One input of a corpus. `uri`: a tar or folder of tars; a folder of pictures; for `demo`, `train` or `heldout`."""
 
     kind: Kind
     uri: str
@@ -65,12 +66,14 @@ def with_digest(unit: Unit) -> Unit:
         return replace(unit, digest=demo.slice_digest(unit.uri, unit.part))
     if unit.kind == "folder":
         return _folder_with_digest(unit)
-    path = Path(unit.uri)
-    with path.open("rb") as file:
-        # The reader's kind counts: the same tar read as another kind can give other captions.
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256(canonical_json([unit.kind, content])).hexdigest()
-    return replace(unit, digest=digest, bytes=path.stat().st_size)
+    content, size = hashlib.sha256(), 0
+    with open(unit.uri, "rb") as file:
+        while piece := file.read(READ_BYTES):
+            content.update(piece)
+            size += len(piece)
+    # The kind counts: the same tar read as another kind can give other captions.
+    digest = hashlib.sha256(canonical_json([unit.kind, content.hexdigest()])).hexdigest()
+    return replace(unit, digest=digest, bytes=size)
 
 
 def read_records(unit: Unit) -> Iterator[Record | Rejected]:

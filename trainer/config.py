@@ -1,7 +1,7 @@
 """Settings of a training run that every recipe shares, and what a resume may change of them.
 
-A recipe adds its own keys in a subclass beside it (`trainer/recipes/`). Progress counts images, not steps, and the global
-`batch` is a setting: micro batch and accumulation follow from it and the world size.
+A recipe adds its own keys in a subclass beside it (`trainer/recipes/`). Progress counts images, not steps, and the
+global `batch` is a setting: micro batch and accumulation follow from it and the world size.
 """
 
 from __future__ import annotations

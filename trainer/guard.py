@@ -10,6 +10,7 @@ import enum
 import math
 import statistics
 from dataclasses import dataclass, replace
+from typing import Any
 
 from trainer.config import GuardSettings
 
@@ -29,6 +30,11 @@ class GuardHistory:
     accepted: int = 0
     skipped: int = 0
     consecutive_skips: int = 0
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> GuardHistory:
+        """The inverse of dataclasses.asdict through JSON."""
+        return cls(**{**document, "losses": tuple(document["losses"]), "norms": tuple(document["norms"])})
 
 
 @dataclass(frozen=True)
@@ -64,5 +70,7 @@ def _objection(history: GuardHistory, loss: float, norm: float, settings: GuardS
         if not math.isfinite(value):
             return f"{name} is {value}"
         if history.accepted >= settings.warmup and value > settings.spike_factor * statistics.median(past):
-            return f"{name} {value:.4g} is over {settings.spike_factor:g} times its median {statistics.median(past):.4g}"
+            return (
+                f"{name} {value:.4g} is over {settings.spike_factor:g} times its median {statistics.median(past):.4g}"
+            )
     return ""

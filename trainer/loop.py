@@ -1,8 +1,8 @@
 """The training loop: fetch, forward, backward, update (which asks the guard), ema, log, maybe save or sample.
 
-Always holds: it knows no recipe, engine, store or tracker by name; losses are summed per sample and divided by the global
-batch, so the number of workers changes nothing but the order of additions; everything it decides follows from the position
-and from numbers that are equal on all ranks.
+Always holds: it knows no recipe, engine, store or tracker by name; losses are summed per sample and divided by the
+global batch, so the number of workers changes nothing but the order of additions; everything it decides follows from
+the position and from numbers that are equal on all ranks.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ class Trainee:
 
 
 def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: int) -> dict[str, float | str]:
-    """One update of every phase on the global batch that starts at `position`. Returns figures to log, equal on all ranks;
-    a refused update adds `skipped`: its reason. Raises UserError
-    when the guard halts the run."""
+    """One update of every phase on the global batch that starts at `position`.
+
+    Returns figures to log, equal on all ranks; a refused update adds `skipped`: its reason. Raises UserError when the
+    guard halts the run.
+    """
     figures: dict[str, float | str] = {}
     lr = lr_at(position, trainee.config.lr, trainee.config.warmup_images)
     for phase in trainee.recipe.phases():

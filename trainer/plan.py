@@ -20,7 +20,7 @@ FP32_BYTES = 4
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
-    """{"parameters" {"total", "text", "visual"}, "checkpoint_bytes", "micro_batch", "accumulation"}; sums over the parts."""
+    """{"parameters" {"total", "text", "visual"}, "checkpoint_bytes", "micro_batch", "accumulation"}, over all parts."""
     modules = [build_on_meta(part.build) for part in make_recipe(config).parts().values()]
     counts = [parameter_counts(module) for module in modules]
     parameters = {key: sum(count[key] for count in counts) for key in ("total", "text", "visual")}

@@ -1,7 +1,7 @@
 """One attempt of a training run on one rank: restore, train, evaluate, sample, save.
 
-Always holds: what the run is follows from its configuration and its store alone; starting the same command again goes on
-from the newest checkpoint that verifies. Called by a launcher's worker processes, after `prepare_run` in the driver.
+Always holds: what the run is follows from its configuration and its store alone; starting the same command again goes
+on from the newest checkpoint that verifies. Called by a launcher's worker processes, after `prepare_run` in the driver.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def prepare_run(config: TrainConfig) -> int:
 
 
 def train(values: dict[str, Any], attempt: int, group: Group, report: Report) -> None:
-    """Train until `images`. `values`: the resolved configuration; `report` receives progress (rank 0) and the result."""
+    """Train until `images`. `values`: the resolved configuration; `report` gets rank 0's progress and result."""
     run = TrainingRun(parse_train_config(values, "run"), attempt, group, report)
     try:
         run.restore()
@@ -154,10 +154,7 @@ class TrainingRun:
         name, manifest = found
         for part, engine in engines.items():
             engine.loaded(manifest.optimizer_steps[part])
-        self.trainee.guards = {
-            part: GuardHistory(**{k: tuple(v) if isinstance(v, list) else v for k, v in history.items()})
-            for part, history in manifest.guard.items()
-        }
+        self.trainee.guards = {part: GuardHistory.from_document(document) for part, document in manifest.guard.items()}
         self.checkpoint, self.position, self.saved = name, name.position, name.position
         self.say("resume", f"from {name}, world size {manifest.world_size} then, {self.group.world_size} now")
 

@@ -62,7 +62,10 @@ def load_trained(uri: str, kind: Literal["ema", "master"] = "ema") -> Trained:
         fill(store, name, manifest, wanted)
     except CheckpointDamaged as damage:
         raise UserError(
-            f"checkpoint {name}", "bytes that verify", str(damage), "choose an older one: glidepath checkpoints list RUN"
+            f"checkpoint {name}",
+            "bytes that verify",
+            str(damage),
+            "choose an older one: glidepath checkpoints list RUN",
         ) from None
     return Trained(f"{store.uri}/{name.folder.rstrip('/')}", config, recipe, modules, manifest.position)
 
@@ -103,7 +106,7 @@ def draw_images(
 def two_stage(
     base: Trained, upsampler: Trained, prompts: Sequence[str], settings: SamplingSettings, seed: int
 ) -> tuple[Pixels, Pixels]:
-    """(base pictures, upsampled pictures). Between the stages pictures are 8-bit, as the upsampler saw them in training.
+    """(base pictures, upsampled pictures). Between the stages they are 8-bit, as the upsampler saw them in training.
 
     The upsampler runs unguided, by DDIM in 27 steps, from noise at temperature 0.997, as in the release's notebook.
     """

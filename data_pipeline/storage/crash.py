@@ -1,7 +1,7 @@
 """CrashPointStore: a LocalStore that stops at any chosen operation, for tests of commit protocols.
 
-Each file-system step of LocalStore is one operation. At operation `stop_at` the store raises `Crashed`, and from then on
-every call does: the process is dead. A stop inside a write leaves half of the bytes, as a real one does. Count a
+Each file-system step of LocalStore is one operation. At operation `stop_at` the store raises `Crashed`, and from then
+on every call does: the process is dead. A stop inside a write leaves half of the bytes, as a real one does. Count a
 protocol's operations with `stop_at=None`, then run it once for every number.
 """
 

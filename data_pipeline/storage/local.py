@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.storage.store import ObjectInfo, ObjectNotFound
@@ -83,7 +83,7 @@ class LocalStore:
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
 
-    def _files(self, prefix: str) -> list[Path]:
+    def _files(self, prefix: str) -> Sequence[Path]:
         """Sorted files (temporary ones too) whose key, or for temporary ones whose folder, starts with `prefix`."""
         folder = self.root / prefix.rpartition("/")[0]
         found = []

@@ -1,7 +1,7 @@
 """ObjectStore: what Glidepath needs of a place that keeps bytes under names.
 
-Always holds: an object appears whole or not at all; `put_if_absent` never replaces. Keys are relative POSIX paths without
-`.` or `..`. Called by shards, checkpoints and attempts; nothing else in the project writes durable state.
+Always holds: an object appears whole or not at all; `put_if_absent` never replaces. Keys are relative POSIX paths
+without `.` or `..`. Called by shards, checkpoints and attempts; nothing else in the project writes durable state.
 """
 
 from __future__ import annotations

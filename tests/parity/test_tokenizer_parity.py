@@ -15,7 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PARITY = Path(os.environ.get("GLIDEPATH_PARITY", REPOSITORY.parent / "shared" / "parity"))
 
 pytestmark = pytest.mark.skipif(
-    not (PARITY / "tensors.npz").is_file(), reason=f"no reference numbers in {PARITY}; set GLIDEPATH_PARITY to their folder"
+    not (PARITY / "tensors.npz").is_file(),
+    reason=f"no reference numbers in {PARITY}; set GLIDEPATH_PARITY to their folder",
 )
 
 

@@ -18,8 +18,8 @@ from trainer.checkpoint.parts import CheckpointDamaged, PartInfo, PartReader
 
 
 def list_checkpoints(store_uri: str) -> list[dict[str, Any]]:
-    """Every committed checkpoint, newest first. `verified`: its manifest is whole and its parts have their sizes; reading
-    every byte is `verify_checkpoints`."""
+    """Every committed checkpoint, newest first. `verified`: its manifest is whole and its parts have their sizes;
+    reading every byte is `verify_checkpoints`."""
     store = open_store(store_uri)
     return [_row(store, name) for name in committed(store)]
 

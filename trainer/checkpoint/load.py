@@ -61,7 +61,8 @@ def plan_reads(wanted: Sequence[tuple[str, str, int, int]], parts: Sequence[Part
 
 
 def fill(store: ObjectStore, name: CheckpointName, manifest: Manifest, wanted: Iterable[Interval]) -> None:
-    """Overwrite the values of `wanted` from a checkpoint. Raises CheckpointDamaged; some values may be written by then."""
+    """Overwrite the values of `wanted` from a checkpoint. Raises CheckpointDamaged; some values may be written by
+    then."""
     intervals = list(wanted)
     reads = plan_reads([(i.name, i.kind, i.offset, len(i.values)) for i in intervals], manifest.parts)
     readers = [PartReader(store, name.folder + part.file, part) for part in manifest.parts]

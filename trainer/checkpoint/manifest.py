@@ -87,8 +87,8 @@ def committed(store: ObjectStore) -> list[CheckpointName]:
 def read_manifest(store: ObjectStore, key: str) -> Manifest:
     """The manifest stored under `key`.
 
-    Raises CheckpointDamaged if its bytes are not canonical or its digest is wrong, UserError if the format is of another
-    version of Glidepath.
+    Raises CheckpointDamaged if its bytes are not canonical or its digest is wrong, UserError if the format is of
+    another version of Glidepath.
     """
     try:
         data = store.get(key)
@@ -104,7 +104,9 @@ def read_manifest(store: ObjectStore, key: str) -> Manifest:
     if digest != found or not whole:
         raise CheckpointDamaged("manifest.json", f"sha256 {str(digest)[:12]}…", f"{found[:12]}…")
     if document.get("format") != FORMAT:
-        raise UserError(f"{store.uri}/{key}", f"format {FORMAT}", str(document.get("format")), "use that version to read it")
+        raise UserError(
+            f"{store.uri}/{key}", f"format {FORMAT}", str(document.get("format")), "use that version to read it"
+        )
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:

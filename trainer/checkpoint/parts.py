@@ -24,7 +24,8 @@ ELEMENT_BYTES = 4
 
 
 class CheckpointDamaged(Exception):
-    """Stored bytes are not what the manifest says, or the manifest is not whole. The loader tries an older checkpoint."""
+    """Stored bytes are not what the manifest says, or the manifest is not whole. The loader tries an older
+    checkpoint."""
 
     def __init__(self, part: str, expected: str, found: str) -> None:
         self.part, self.expected, self.found = part, expected, found
@@ -52,7 +53,8 @@ class PartInfo(Settings):
 
 
 def encode_part(file: str, intervals: Sequence[Interval]) -> tuple[PartInfo, list[memoryview]]:
-    """The description and the bytes (in pieces, not copied) of a part. `intervals` must not change until it is stored."""
+    """The description and the bytes (in pieces, not copied) of a part. `intervals` must not change until it is
+    stored."""
     header: dict[str, Any] = {}
     begin = 0
     for interval in intervals:
@@ -76,7 +78,7 @@ def encode_part(file: str, intervals: Sequence[Interval]) -> tuple[PartInfo, lis
 
 
 def _bytes_of(values: torch.Tensor) -> memoryview:
-    return memoryview(values.numpy()).cast("B")
+    return values.numpy().data.cast("B")
 
 
 def _digests(chunks: Sequence[memoryview]) -> tuple[str, list[int]]:

@@ -1,9 +1,9 @@
 """Saving: snapshot to host (the only stall), then upload and commit behind the training's back.
 
 The protocol, per rank: clone the shard view; digest from memory; put the part; put a receipt that describes it. Rank 0
-then reads all receipts and commits by putting the manifest if absent. No collective call happens off the main thread: the
-store carries the receipts. Always holds: nothing is visible as a checkpoint before its manifest, and the manifest comes
-last; a failed save deletes nothing and training goes on.
+then reads all receipts and commits by putting the manifest if absent. No collective call happens off the main thread:
+the store carries the receipts. Always holds: nothing is visible as a checkpoint before its manifest, and the manifest
+comes last; a failed save deletes nothing and training goes on.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def upload_share(store: ObjectStore, identity: RunIdentity, position: int, inter
 def commit(
     store: ObjectStore, identity: RunIdentity, position: int, state: dict[str, Any], deadline_s: float
 ) -> CheckpointName:
-    """Rank 0: wait for all receipts, then put the manifest. Raises SaveFailed or Superseded; then nothing is visible."""
+    """Rank 0: wait for all receipts, then put the manifest. Raises SaveFailed, Superseded; then nothing is visible."""
     name = CheckpointName(position, identity.attempt)
     parts = tuple(_await_receipt(store, name, rank, deadline_s) for rank in range(identity.world_size))
     newest = newest_attempt(store)

@@ -1,7 +1,7 @@
 """The engine seam: one trained part on this rank, whatever spreads its state over ranks.
 
-Checkpoint and EMA see an engine only through `shard_view()`: flat intervals of its fp32 state. Together the ranks' views
-cover every parameter and kind exactly once.
+Checkpoint and EMA see an engine only through `shard_view()`: flat intervals of its fp32 state. Together the ranks'
+views cover every parameter and kind exactly once.
 """
 
 from __future__ import annotations

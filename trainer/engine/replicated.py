@@ -1,7 +1,8 @@
 """ReplicatedEngine: plain torch. Every rank holds the whole part; gradients are summed over ranks.
 
 Always holds: masters and Adam moments are one flat fp32 tensor each, of which the module's parameters are views, equal
-on all ranks; EMA and the shard view are cut into one contiguous share per rank. The reference in tests, and ZeRO stage 0.
+on all ranks; EMA and the shard view are cut into one contiguous share per rank. The reference in tests, and ZeRO
+stage 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Held-out loss: the recipe's own loss on rows that are never trained on, at fixed positions, noise and timesteps.
 
-Always holds: the same weights give the same figure at any time and world size up to the order of additions; captions can be
-right, or those of another row (`shuffled`), to see whether the model listens to them.
+Always holds: the same weights give the same figure at any time and world size up to the order of additions; captions
+can be right, or those of another row (`shuffled`), to see whether the model listens to them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.loader import Column, Loader, Rows, read_rows
 from data_pipeline.draws import Draws
+from data_pipeline.loader import Column, Loader, Rows, read_rows
 from data_pipeline.order import SampleOrder, micro_batches
 from data_pipeline.shards import Dataset
 from trainer.config import HeldoutSettings, TrainConfig

@@ -22,6 +22,7 @@ from trainer.diffusion.gaussian import Diffusion
 from trainer.diffusion.losses import hybrid_loss
 from trainer.diffusion.samplers import ancestral_sample, ddim_sample, guided
 from trainer.models.config import GlideModelConfig
+from trainer.models.glide import Glide
 from trainer.recipes.recipe import Batch, Losses, Pixels
 
 
@@ -65,7 +66,7 @@ def caption_tensors(tokens: NDArray[np.uint16], n_tokens: NDArray[np.integer], c
 
 
 class GlideDiffusion:
-    """Captions, noise, loss and sampling of a GLIDE recipe. Keys of a batch that end in a shape are the network's keywords."""
+    """Captions, noise, loss and sampling of a GLIDE recipe. Batch keys that end in a shape are network keywords."""
 
     def __init__(self, config: GlideConfig) -> None:
         self.config = config
@@ -102,7 +103,7 @@ class GlideDiffusion:
             timesteps_B=timesteps,
         )
 
-    def sample(self, model: nn.Module, conditions: Batch, draws: Draws, settings: SamplingSettings) -> Pixels:
+    def sample(self, model: Glide, conditions: Batch, draws: Draws, settings: SamplingSettings) -> Pixels:
         """From noise to pixels, guided away from the empty caption."""
         size = self.config.model.image_size
         process = self.process.respaced(settings.spacing)
@@ -119,7 +120,7 @@ class GlideDiffusion:
                 return to_pixels(ddim_sample(denoise, process, start))
             return to_pixels(ancestral_sample(denoise, process, start, noise))
 
-    def _encoded(self, model: nn.Module, conditions: Batch) -> dict[str, Tensor]:
+    def _encoded(self, model: Glide, conditions: Batch) -> dict[str, Tensor]:
         """The conditions with the caption encoded once for all steps."""
         keywords = _keywords(conditions)
         text = model.encode_text(keywords.pop("tokens_BL"), keywords.pop("mask_BL"))

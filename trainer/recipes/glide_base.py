@@ -45,4 +45,6 @@ class GlideBase:
     def sample(
         self, parts: Mapping[str, nn.Module], conditions: Batch, draws: Draws, settings: SamplingSettings
     ) -> Pixels:
-        return self.diffusion.sample(parts["base"], conditions, draws, settings)
+        model = parts["base"]
+        assert isinstance(model, Glide)
+        return self.diffusion.sample(model, conditions, draws, settings)

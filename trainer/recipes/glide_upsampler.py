@@ -54,9 +54,12 @@ class GlideUpsampler:
     def sample(
         self, parts: Mapping[str, nn.Module], conditions: Batch, draws: Draws, settings: SamplingSettings
     ) -> Pixels:
-        return self.diffusion.sample(parts["upsampler"], conditions, draws, settings)
+        model = parts["upsampler"]
+        assert isinstance(model, Glide)
+        return self.diffusion.sample(model, conditions, draws, settings)
 
     def _reduce(self, images: Sequence[Pixels] | Pixels) -> Pixels:
         """[b, low, low, 3] by the versioned area filter; pictures of that size already pass unchanged."""
         low = self.config.model.low_resolution
+        assert low is not None
         return np.stack([area_resize(image, low) for image in images])

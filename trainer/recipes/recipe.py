@@ -1,8 +1,8 @@
 """The recipe seam: what is trained. The loop knows no recipe by name.
 
 A recipe says which columns it reads, which networks (parts) it has, which updates (phases) make one step, and how to
-sample from the result. To add a system from the literature, add one recipe file, and a model file where the model is new,
-and name it in `trainer/recipes/__init__.py`.
+sample from the result. To add a system from the literature, add one recipe file, and a model file where the model is
+new, and name it in `trainer/recipes/__init__.py`.
 """
 
 from __future__ import annotations
@@ -55,5 +55,7 @@ class Recipe(Protocol):
     def conditions(self, prompts: Sequence[str], images: Pixels | None) -> Batch:
         """What `sample` needs: prompts, and for a recipe that starts from pictures, `images` uint8 [b, h, w, 3]."""
 
-    def sample(self, parts: Mapping[str, nn.Module], conditions: Batch, draws: Draws, settings: SamplingSettings) -> Pixels:
+    def sample(
+        self, parts: Mapping[str, nn.Module], conditions: Batch, draws: Draws, settings: SamplingSettings
+    ) -> Pixels:
         """Images uint8 [b, H, W, 3] for the conditions, each a function of its own position in `draws` alone."""

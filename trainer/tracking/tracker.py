@@ -23,7 +23,7 @@ class Tracker(Protocol):
 class NoTracker:
     """For ranks other than 0."""
 
-    run_id = None
+    run_id: str | None = None
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
         pass

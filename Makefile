@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python >= 3.10 and nothing else: each makes .venv, installs, runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check drills clean
+
+demo: .venv/demo-installed
+	$(BIN)/glidepath demo
+
+test: .venv/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --durations=10 -m "not drill"
+
+# What kills, waits or sweeps, in full; CI takes a short sample of it.
+drills: .venv/test-installed
+	$(BIN)/python -m pytest -q -m drill
+
+# torch first: a dependency that is installed before it would bring a build for another accelerator.
+.venv/torch-installed: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy setuptools wheel
+	touch $@
+
+.venv/demo-installed: .venv/torch-installed setup.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo]'
+	touch $@
+
+.venv/test-installed: .venv/demo-installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .glidepath build *.egg-info
