@@ -45,7 +45,7 @@ class ArrowFile:
 
     rows: int
     bytes: int
-    sha256: str
+    sha256: str | None  # None for a file whose rows carry their own checksums
     batches: tuple[Batch, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -57,7 +57,9 @@ class ArrowFile:
         return ArrowFile(document["rows"], document["bytes"], document["sha256"], batches)
 
 
-def write_arrow(store: ObjectStore, key: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
+def write_arrow(
+    store: ObjectStore, key: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], with_sha256: bool = True
+) -> ArrowFile:
     """Store `batches` as one uncompressed Arrow IPC file, in memory one batch at a time."""
     description: list[Batch] = []
     digest, size = hashlib.sha256(), 0
@@ -65,12 +67,14 @@ def write_arrow(store: ObjectStore, key: str, schema: pa.Schema, batches: Iterab
     def chunks() -> Iterator[bytes]:
         nonlocal size
         for chunk in _serialise(schema, batches, description):
-            digest.update(chunk)
+            if with_sha256:
+                digest.update(chunk)
             size += len(chunk)
             yield chunk
 
     store.put(key, chunks())
-    return ArrowFile(sum(batch.rows for batch in description), size, digest.hexdigest(), tuple(description))
+    rows = sum(batch.rows for batch in description)
+    return ArrowFile(rows, size, digest.hexdigest() if with_sha256 else None, tuple(description))
 
 
 def _serialise(schema: pa.Schema, batches: Iterable[pa.RecordBatch], description: list[Batch]) -> Iterator[bytes]:

@@ -30,6 +30,8 @@ __all__ = ["CorpusConfig", "build_corpus", "inspect_dataset", "resolve_output", 
 
 IDENTITY_VERSION = "corpus-1"  # of the judge's rules and the row order
 
+OWN_FOLDERS = ("units/", "datasets/")  # what the builder keeps in its output; a sweep touches nothing else
+
 # (pass, items done, items in all); passes are "read", "score", "judge" and "emit"
 Progress = Callable[[str, int, int], None]
 
@@ -45,7 +47,9 @@ def build_corpus(
     `executor` and `store` replace those that the configuration names. Raises UserError when an input is missing or
     holds no usable record, when a unit exceeds the budget of bad records, and when stored data is damaged.
     """
-    executor = executor or InlineExecutor(config.executor.workers)
+    if executor is None:
+        with InlineExecutor(config.executor.workers) as own:
+            return build_corpus(config, own, progress, store)
     store = store or open_store(_output(config))
     limits = config.filters.resolved()
 
@@ -109,7 +113,7 @@ def sweep_build(store: ObjectStore, prefix: str = "") -> int:
     Unfinished uploads go, and data whose manifest was never stored. Committed units and shards stay: the next build
     takes them up.
     """
-    swept = store.sweep_uploads(prefix)
+    swept = store.sweep_uploads(prefix, owned=lambda key: key.startswith(OWN_FOLDERS))
     keys = [info.key for info in store.list(prefix)]
     for key in keys:
         committed_by = _manifest_of(key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -29,38 +30,58 @@ class Executor(Protocol):
 
 
 class InlineExecutor:
-    """`workers` = 1: in this process, in order. More: that many fresh processes of one thread each."""
+    """`workers` = 1: in this process, in order. More: that many other processes of one thread each.
+
+    A context manager: leaving it ends the processes, which are started once, at the first use.
+    """
 
     def __init__(self, workers: int = 1) -> None:
         self.workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> InlineExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """See Executor. Raises the first error of an item, and UserError if a process was killed."""
         if self.workers == 1:
             yield from (function(item) for item in items)
             return
-        # spawn: a forked child inherits locks held by threads (arrow, opencv, a test's) and can hang on them.
-        with ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=one_thread) as pool:
-            try:
-                yield from _in_completion_order(pool, function, iter(items), self.workers * IN_FLIGHT_PER_WORKER)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        if self._pool is None:
+            # spawn: a forked child inherits locks held by threads (arrow, opencv, a caller's) and can hang on them.
+            self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=one_thread)
+        try:
+            yield from _in_completion_order(self._pool, function, iter(items), self.workers * IN_FLIGHT_PER_WORKER)
+        except BrokenProcessPool:
+            found = "one that was killed (out of memory?)"
+            next_step = "run it again with fewer executor.workers; it goes on where it stopped"
+            raise UserError("corpus worker", "a process that answers", found, next_step) from None
 
 
 def _in_completion_order(
     pool: ProcessPoolExecutor, function: Callable[[Item], Result], items: Iterator[Item], in_flight: int
 ) -> Iterator[Result]:
     pending: set[Future[Any]] = set()
-    while True:
-        pending |= {pool.submit(_carrying_refusals, function, item) for item in islice(items, in_flight - len(pending))}
-        if not pending:
-            return
-        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            result = future.result()
-            if isinstance(result, _Refusal):
-                raise result.kind(*result.fields)
-            yield result
+    try:
+        while True:
+            batch = islice(items, in_flight - len(pending))
+            pending |= {pool.submit(_carrying_refusals, function, item) for item in batch}
+            if not pending:
+                return
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                result = future.result()
+                if isinstance(result, _Refusal):
+                    raise result.kind(*result.fields)
+                yield result
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 class _Refusal(NamedTuple):

@@ -93,7 +93,7 @@ def score_unit(store: ObjectStore, limits: Thresholds, unit: Unit) -> Document:
     if committed is not None:
         return committed
     tables = Tables()
-    rows = write_arrow(store, f"{prefix}rows.arrow", STAGED_SCHEMA, _staged(unit, limits, tables))
+    rows = write_arrow(store, f"{prefix}rows.arrow", STAGED_SCHEMA, _staged(unit, limits, tables), with_sha256=False)
     verdicts = _write_parquet(store, f"{prefix}verdicts.parquet", tables.verdicts, VERDICT_SCHEMA)
     quarantine = _write_parquet(store, f"{prefix}quarantine.parquet", tables.quarantine, QUARANTINE_SCHEMA)
     dropped = Counter(verdict["reason"] for verdict in tables.verdicts if verdict.get("reason"))

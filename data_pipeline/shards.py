@@ -72,8 +72,8 @@ class Dataset:
         document = manifests.read(self.store, f"{key}.json")
         description = ArrowFile.from_json(document["file"]) if document else None
         if description is None or description.sha256 != entry["sha256"]:
-            found = f"sha256 {description.sha256[:12]}" if description else "no manifest"
-            raise damaged(f"{self.store.uri}/{key}.json", f"sha256 {entry['sha256'][:12]}", found)
+            found = f"sha256 {description.sha256}" if description else "no manifest"
+            raise damaged(f"{self.store.uri}/{key}.json", f"sha256 {entry['sha256']}", found)
         return ShardReader(self.store, f"{key}.arrow", FAMILIES[family].schema, description)
 
     def family_manifest(self, family: str) -> Document:

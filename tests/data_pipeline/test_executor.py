@@ -1,0 +1,55 @@
+"""The inline executor: every item once, errors raised, user errors kept readable across processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from data_pipeline.errors import UserError
+from data_pipeline.executor import IN_FLIGHT_PER_WORKER, InlineExecutor
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def refuse(number: int) -> int:
+    raise UserError(f"item {number}", "another", "this", "give up")
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[InlineExecutor]:
+    with InlineExecutor(2) as executor:
+        yield executor
+
+
+def test_every_item_is_computed_once(two_workers: InlineExecutor) -> None:
+    expected = [number**2 for number in range(30)]
+    assert list(InlineExecutor(1).map(square, range(30))) == expected
+    assert sorted(two_workers.map(square, range(30))) == expected
+
+
+def test_items_are_taken_as_workers_get_free(two_workers: InlineExecutor) -> None:
+    taken = []
+    results = two_workers.map(square, (taken.append(number) or number for number in range(100)))
+    next(results)
+    assert len(taken) <= 2 * IN_FLIGHT_PER_WORKER
+
+
+def test_a_user_error_of_a_worker_is_raised_as_it_was(two_workers: InlineExecutor) -> None:
+    with pytest.raises(UserError, match="item 7: expected another, found this; give up"):
+        list(two_workers.map(refuse, [7]))
+    assert list(two_workers.map(square, [3])) == [9]
+
+
+def test_a_killed_worker_is_reported_in_one_line() -> None:
+    with InlineExecutor(2) as executor, pytest.raises(UserError, match=r"corpus worker: .* killed"):
+        list(executor.map(die, [1]))

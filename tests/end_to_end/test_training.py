@@ -1,0 +1,152 @@
+"""Training in real worker processes: resume, world sizes, damage, death, blocked imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.launch import Event, WorkerDied
+from cluster.training import train_run
+from data_pipeline.errors import UserError
+from data_pipeline.storage import LocalStore
+from trainer.checkpoint.manifest import CheckpointName, committed, read_manifest
+from trainer.recipes import parse_train_config
+from trainer.tracking.jsonl import read_curves
+
+Values = Callable[..., dict[str, Any]]
+
+
+def run(values: dict[str, Any], workers: int, on_event: Callable[[Event], None] = lambda event: None) -> dict[str, Any]:
+    return train_run(parse_train_config({**values, "launcher": {"workers": workers}}, "test"), on_event)
+
+
+def digests(store: str, position: int) -> list[str]:
+    """sha256 of each part of the newest checkpoint at a position: equal digests, equal masters, moments and EMA."""
+    name = next(name for name in committed(LocalStore(Path(store))) if name.position == position)
+    manifest = read_manifest(LocalStore(Path(store)), name.manifest_key)
+    assert {interval.kind for part in manifest.parts for interval in part.intervals} == {
+        "master",
+        "exp_avg",
+        "exp_avg_sq",
+        "ema",
+    }
+    return [part.sha256 for part in manifest.parts]
+
+
+def consumed_ids(store: str) -> list[tuple[int, list[int]]]:
+    """(position, ids of the global batch) in the order in which a run consumed them."""
+    lines = Path(store, "tracking", "consumed.jsonl").read_text().splitlines()
+    return [(line["position"], line["ids"]) for line in map(json.loads, lines)]
+
+
+def resumes(store: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, Path(store, "tracking", "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line.get("event") == "resume"]
+
+
+def kill_worker_1_at(images: int) -> Callable[[Event], None]:
+    pids: list[int] = []
+
+    def on_event(event: Event) -> None:
+        if event["event"] == "started":
+            pids.extend(event["pids"])
+        if event["event"] == "progress" and event["images"] == images:
+            os.kill(pids[1], signal.SIGKILL)
+
+    return on_event
+
+
+def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_to_the_bit(train_values: Values) -> None:
+    whole, killed = train_values("whole", images=96), train_values("killed", images=96)
+    run(whole, workers=2)
+    with pytest.raises(WorkerDied, match=r"worker 1 \(process \d+\): expected exit code 0, found ended by SIGKILL"):
+        run(killed, workers=2, on_event=kill_worker_1_at(64))
+    result = run(killed, workers=2)
+    (resume,) = resumes(killed["store"])
+    assert resume["images"] > 0
+    assert result["checkpoint"].endswith("images-000000096/attempt-2")
+    assert digests(killed["store"], 96) == digests(whole["store"], 96)
+    # What the first attempt consumed after its newest checkpoint is consumed again; the last time counts.
+    assert dict(consumed_ids(killed["store"])) == dict(consumed_ids(whole["store"]))
+    assert [position for position, _ in consumed_ids(whole["store"])] == list(range(0, 96, 16))
+    curves = [read_curves(Path(values["store"], "tracking")) for values in (whole, killed)]
+    assert curves[0]["loss/total"] == curves[1]["loss/total"]
+
+
+def test_worlds_of_1_2_and_3_and_changes_between_them_consume_the_same_ids_in_the_same_batches(
+    train_values: Values,
+) -> None:
+    changes: dict[str, Any] = {"dropout": 0.0}  # dropout inside the network is drawn per rank
+    alone = train_values("alone", images=96, **changes)
+    run(alone, workers=1)
+    chained = train_values("chained", images=32, **changes)
+    for images, workers in ((32, 2), (64, 3), (96, 1)):
+        run({**chained, "images": images}, workers)
+    assert [line["images"] for line in resumes(chained["store"])] == [32, 64]
+    assert consumed_ids(chained["store"]) == consumed_ids(alone["store"])
+    losses = [read_curves(Path(values["store"], "tracking"))["loss/total"] for values in (alone, chained)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    store = LocalStore(Path(chained["store"]))
+    worlds = {name.position: read_manifest(store, name.manifest_key).world_size for name in committed(store)}
+    assert (worlds[32], worlds[64], worlds[96]) == (2, 3, 1)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_its_position_committed_again(train_values: Values) -> None:
+    values = train_values("damaged", images=32)
+    run(values, workers=2)
+    store = LocalStore(Path(values["store"]))
+    part = store.root / CheckpointName(32, 1).folder / "part-00001-of-00002.safetensors"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    result = run(values, workers=2)
+    assert [line["text"].split(",")[0] for line in resumes(values["store"])] == ["from images-000000016/attempt-1"]
+    assert result["checkpoint"].endswith("images-000000032/attempt-2")
+    assert committed(store)[:2] == [CheckpointName(32, 2), CheckpointName(32, 1)]
+    assert part.read_bytes() == data, "what is damaged stays for people to look at"
+
+
+def test_training_needs_neither_ray_nor_mlflow_nor_any_other_service(
+    train_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 as well; the blocked imports reach the worker processes through their environment."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('ray', 'mlflow', 'deepspeed', 'boto3'):\n"
+        "            raise ImportError(f'{name} is blocked')\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    values = train_values("blocked", precision="bf16", samples={"prompts": ["a cat"], "sampling": {"spacing": "3"}})
+    result = run(values, workers=2)
+    assert result["images"] == 64 and result["loss"] < 3
+    assert Path(result["samples"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_worker_that_refuses_is_heard_by_the_launcher(train_values: Values) -> None:
+    values = train_values("refused", guard={"halt_after": 1, "warmup": 1, "spike_factor": 1.000001})
+    with pytest.raises(UserError, match="run refused, part base, at .* refused updates in a row"):
+        run(values, workers=2)
+
+
+def test_the_upsampler_trains_and_both_recipes_draw_grids_of_held_out_rows(
+    train_values: Values, dataset_uri: str
+) -> None:
+    heldout = {"dataset": dataset_uri, "images": 32}
+    model = {**train_values()["model"], "image_size": 32, "low_resolution": 16, "attention_resolutions": []}
+    samples = {"sampling": {"spacing": "2", "guidance_scale": 1.0}}
+    values = train_values(
+        "upsampler", images=32, recipe="glide_upsampler", model=model, heldout=heldout, samples=samples
+    )
+    result = run(values, workers=2)
+    assert set(result["heldout"]["last"]) == {"total", "mse", "vb"}
+    assert result["heldout"]["last"]["mse"] < result["heldout"]["first"]["mse"]
+    assert Path(result["samples"]).is_file()

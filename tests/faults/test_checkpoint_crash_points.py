@@ -1,0 +1,136 @@
+"""The checkpoint protocol, stopped at every operation: nothing unreadable, no orphan after the next attempt's sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.storage import LocalStore
+from data_pipeline.storage.crash import Crashed, CrashPointStore
+from trainer.checkpoint.attempts import newest_attempt, take_attempt
+from trainer.checkpoint.inspect import verify_checkpoints
+from trainer.checkpoint.load import restore_newest
+from trainer.checkpoint.manifest import CheckpointName, committed, read_manifest
+from trainer.checkpoint.save import RunIdentity, SaveFailed, Superseded, commit, upload_share
+from trainer.checkpoint.sweep import sweep
+from trainer.engine.engine import KINDS, Interval
+from trainer.engine.group import Group
+
+SIZE, WORLD, DATASET = 10, 2, "d" * 64
+
+
+def save(store: LocalStore, attempt: int, position: int) -> None:
+    """A save by two ranks, one after the other, so that every stop is at a known place."""
+    identities = [
+        RunIdentity(
+            run="test",
+            attempt=attempt,
+            rank=rank,
+            world_size=WORLD,
+            zero_stage=0,
+            parameters={"net/w": SIZE},
+            config={},
+            code_version="0",
+        )
+        for rank in range(WORLD)
+    ]
+    for identity in identities:
+        begin, end = SIZE * identity.rank // WORLD, SIZE * (identity.rank + 1) // WORLD
+        values = torch.full((end - begin,), float(position))
+        upload_share(store, identity, position, [Interval("net/w", kind, begin, values) for kind in KINDS])
+    order = {"dataset_id": DATASET}
+    commit(store, identities[0], position, {"optimizer_steps": {"net": 1}, "guard": {}, "order": order}, deadline_s=0)
+
+
+def attempt_and_save(store: LocalStore, position: int) -> None:
+    attempt = take_attempt(store, {})
+    sweep(store, attempt)
+    save(store, attempt, position)
+
+
+def restored_position(store: LocalStore) -> int:
+    """The position of the newest checkpoint, whose every element must be that number."""
+    wanted = [Interval("net/w", kind, 0, torch.zeros(SIZE)) for kind in KINDS]
+    found = restore_newest(store, Group(), wanted, {"net/w": SIZE}, DATASET)
+    assert found is not None
+    for interval in wanted:
+        assert interval.values.tolist() == [float(found[0].position)] * SIZE
+    return found[0].position
+
+
+def orphans(store: LocalStore) -> set[str]:
+    """Files that no manifest names and that are no attempt."""
+    owned = set()
+    for name in committed(store):
+        owned |= {name.manifest_key}
+        owned |= {name.folder + part.file for part in read_manifest(store, name.manifest_key).parts}
+    files = {path.relative_to(store.root).as_posix() for path in store.root.rglob("*") if path.is_file()}
+    return {file for file in files - owned if not (file.startswith("attempts/") and file.endswith(".json"))}
+
+
+def operations_of_a_save(folder: Path) -> int:
+    attempt_and_save(LocalStore(folder), 16)
+    counting = CrashPointStore(folder)
+    attempt_and_save(counting, 32)
+    return counting.operations
+
+
+def test_a_stop_at_any_operation_leaves_a_readable_run_and_no_orphan_after_the_sweep(tmp_path: Path) -> None:
+    operations = operations_of_a_save(tmp_path / "count")
+    assert operations >= 30
+    seen = set()
+    for stop_at in range(operations):
+        root = tmp_path / str(stop_at)
+        attempt_and_save(LocalStore(root), 16)
+        with pytest.raises(Crashed):
+            attempt_and_save(CrashPointStore(root, stop_at), 32)
+        store = LocalStore(root)
+        seen.add(restored_position(store))
+        assert not verify_checkpoints(str(root))
+        attempt = take_attempt(store, {})
+        sweep(store, attempt)
+        assert orphans(store) == set()
+        assert restored_position(store) in (16, 32)
+        save(store, attempt, 32)
+        assert committed(store)[0] == CheckpointName(32, attempt)
+        assert restored_position(store) == 32
+    assert seen == {16, 32}
+
+
+def test_a_writer_that_sees_a_higher_attempt_does_not_commit(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    attempt_and_save(store, 16)
+    assert take_attempt(store, {}) == newest_attempt(store) == 2
+    with pytest.raises(Superseded, match="found attempt 2"):
+        save(store, 1, 32)
+    assert committed(store) == [CheckpointName(16, 1)]
+    assert sweep(store, 2) == 4  # two parts, two receipts
+    assert orphans(store) == set()
+
+
+def test_a_sweep_touches_neither_its_own_attempt_nor_a_damaged_checkpoint(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    attempt_and_save(store, 16)
+    (tmp_path / CheckpointName(16, 1).manifest_key).write_bytes(b"{")
+    store.put(CheckpointName(48, 2).folder + "part-00000-of-00002.safetensors", [b"being written"])
+    assert sweep(store, 2) == 0
+
+
+def test_a_missing_receipt_fails_the_save_and_names_the_rank(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    identity = RunIdentity(
+        run="test",
+        attempt=1,
+        rank=0,
+        world_size=WORLD,
+        zero_stage=0,
+        parameters={"net/w": SIZE},
+        config={},
+        code_version="0",
+    )
+    upload_share(store, identity, 16, [Interval("net/w", "master", 0, torch.zeros(5))])
+    with pytest.raises(SaveFailed, match="expected a receipt from rank 1 in 0 s, found none"):
+        commit(store, identity, 16, {}, deadline_s=0)
+    assert committed(store) == []

@@ -1,0 +1,56 @@
+"""The house rules that a machine can check: floors, rooms of libraries, no pickles."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ("data_pipeline", "trainer", "cluster")  # from the ground up
+ROOMS = {
+    "ray": r"cluster/.*",
+    "deepspeed": r"trainer/engine/deepspeed.*\.py",
+    "boto3": r"data_pipeline/storage/s3\.py",
+    "mlflow": r"trainer/tracking/mlflow\.py",
+}
+SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_floor_imports_only_from_the_floors_below_it(path: Path) -> None:
+    floor = path.relative_to(ROOT).parts[0]
+    above = FLOORS[FLOORS.index(floor) + 1 :]
+    assert not [module for module in imported_modules(path) if module.split(".")[0] in above]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_outside_service_has_one_room(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    for module in imported_modules(path):
+        room = ROOMS.get(module.split(".")[0])
+        assert room is None or re.fullmatch(room, name), f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_unpickled(path: Path) -> None:
+    assert "pickle" not in {module.split(".")[0] for module in imported_modules(path)}
+    assert not re.search(r"torch\.load\((?!.*weights_only=True)|allow_pickle=True|yaml\.load\(", path.read_text())
+
+
+def test_the_lowest_floors_import_without_the_services_of_the_upper_ones() -> None:
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] != "cluster":
+            assert not {"ray", "mlflow"} & {module.split(".")[0] for module in imported_modules(path)}
