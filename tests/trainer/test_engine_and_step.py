@@ -1,0 +1,169 @@
+"""The replicated engine and the training step, in one process: plain torch is the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.draws import Draws
+from data_pipeline.errors import UserError
+from data_pipeline.loader import MicroBatch
+from trainer.config import TrainConfig
+from trainer.ema import update_ema
+from trainer.engine.engine import KINDS
+from trainer.engine.group import Group
+from trainer.engine.replicated import ReplicatedEngine
+from trainer.guard import Decision
+from trainer.loop import Trainee, only_trained, train_step
+from trainer.recipes import parse_train_config
+from trainer.recipes.recipe import Batch, Phase
+
+Values = Callable[..., dict[str, Any]]
+
+
+def accept(norm: float) -> Decision:
+    return Decision.CONTINUE
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def config_of(train_values: Values, **changes: Any) -> TrainConfig:
+    return parse_train_config(train_values(**{"batch": 4, "lr": 1e-2, **changes}), "test")
+
+
+def test_twenty_updates_equal_those_of_plain_torch(train_values: Values) -> None:
+    config = config_of(train_values, weight_decay=0.1)
+    engine = ReplicatedEngine("net", small_net(), config, Group())
+    reference = small_net()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.1)
+    for step in range(20):
+        x = torch.randn(4, 4, generator=torch.Generator().manual_seed(step))
+        for net, backward in ((engine.module, engine.backward), (reference, lambda loss: loss.backward())):
+            for half in x.chunk(2):  # two micro batches
+                backward(net(half).square().sum() / 4)
+        assert engine.update(config.lr, accept) is Decision.CONTINUE
+        optimizer.step()
+        optimizer.zero_grad()
+    for mine, theirs in zip(engine.module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert engine.optimizer_steps() == 20
+
+
+def test_the_shares_of_all_ranks_cover_every_element_of_every_kind_once(train_values: Values) -> None:
+    config, world = config_of(train_values), 3
+    engines = [ReplicatedEngine("net", small_net(), config, Group(rank, world)) for rank in range(world)]
+    seen = [
+        (interval.name, interval.kind, interval.offset + i)
+        for engine in engines
+        for interval in engine.shard_view()
+        for i in range(len(interval.values))
+    ]
+    expected = {(n, kind, i) for n, size in engines[0].parameter_sizes.items() for kind in KINDS for i in range(size)}
+    assert len(seen) == len(set(seen)) and set(seen) == expected
+
+
+def test_a_skipped_update_leaves_weights_moments_and_ema_as_they_were(train_values: Values) -> None:
+    engine = ReplicatedEngine("net", small_net(), config_of(train_values), Group())
+
+    def state() -> list[Tensor]:
+        return [interval.values.clone() for interval in engine.shard_view()]
+
+    engine.backward(engine.module(torch.ones(2, 4)).sum())
+    engine.update(1e-2, accept)
+    before = state()
+    seen: list[float] = []
+    for bad in (math.nan, math.inf):
+        engine.backward(engine.module(torch.full((2, 4), bad)).sum())
+        assert engine.update(1e-2, lambda norm: seen.append(norm) or Decision.SKIP) is Decision.SKIP  # type: ignore[func-returns-value]
+    assert not any(math.isfinite(norm) for norm in seen)
+    for now, then in zip(state(), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+    engine.backward(engine.module(torch.ones(2, 4)).sum())
+    engine.update(1e-2, lambda norm: seen.append(norm) or Decision.CONTINUE)  # type: ignore[func-returns-value]
+    assert math.isfinite(seen[-1]), "nothing of the refused gradient is left"
+
+
+def test_ema_follows_the_masters_and_is_put_on_only_inside_its_context(train_values: Values) -> None:
+    engine = ReplicatedEngine("net", small_net(), config_of(train_values), Group())
+    start = [p.detach().clone() for p in engine.module.parameters()]
+    engine.backward(engine.module(torch.ones(2, 4)).sum())
+    engine.update(1e-1, accept)
+    update_ema(engine.shard_view(), 0.75)
+    masters = [p.detach().clone() for p in engine.module.parameters()]
+    with engine.weights("ema") as module:
+        assert not module.training
+        for ema, old, new in zip(module.parameters(), start, masters, strict=True):
+            torch.testing.assert_close(ema.detach(), 0.75 * old + 0.25 * new)
+    assert engine.module.training
+    for now, new in zip(engine.module.parameters(), masters, strict=True):
+        torch.testing.assert_close(now.detach(), new, rtol=0, atol=0)
+
+
+class TwoParts:
+    """A recipe of two parts whose losses touch both networks."""
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("first", ("total",), self._loss), Phase("second", ("total", "extra"), self._loss))
+
+    def _loss(self, parts: Mapping[str, nn.Module], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        total = (parts["first"](batch["x"]) * parts["second"](batch["x"])).square().sum(dim=1)
+        return {"total": total, "extra": total.detach() * 2}
+
+
+def two_part_trainee(config: TrainConfig) -> Trainee:
+    engines = {name: ReplicatedEngine(name, small_net(), config, Group()) for name in ("first", "second")}
+    return Trainee(TwoParts(), config, Group(), engines)  # type: ignore[arg-type]
+
+
+def micro_batch(x: Tensor | None, begin: int = 0) -> MicroBatch:
+    positions = np.arange(begin, begin + (0 if x is None else len(x)), dtype=np.int64)
+    batch = None if x is None else {"x": x}
+    return MicroBatch(positions, positions.astype(np.uint64), Draws(0, positions), batch)
+
+
+def test_each_phase_trains_its_own_part_and_freezes_the_others(train_values: Values) -> None:
+    trainee = two_part_trainee(config_of(train_values))
+    with only_trained(trainee.engines, "first"):
+        assert all(p.requires_grad for p in trainee.engines["first"].module.parameters())
+        assert not any(p.requires_grad for p in trainee.engines["second"].module.parameters())
+    x = torch.randn(4, 4)
+    figures = train_step(trainee, [micro_batch(x[:3]), micro_batch(x[3:], 3)], 0)
+    assert {"loss/total", "loss/extra", "grad_norm", "lr"} <= figures.keys()
+    assert [engine.optimizer_steps() for engine in trainee.engines.values()] == [1, 1]
+
+    second = small_net()
+    first = small_net()
+    optimizer = torch.optim.AdamW(first.parameters(), lr=1e-2, weight_decay=0.0)
+    ((first(x) * second(x)).square().sum() / 4).backward()
+    optimizer.step()
+    for mine, theirs in zip(trainee.engines["first"].module.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_an_empty_micro_batch_adds_nothing(train_values: Values) -> None:
+    x = torch.randn(4, 4)
+    trainees = [two_part_trainee(config_of(train_values)) for _ in range(2)]
+    train_step(trainees[0], [micro_batch(x)], 0)
+    train_step(trainees[1], [micro_batch(x), micro_batch(None)], 0)
+    for one, other in zip(*(t.engines["first"].module.parameters() for t in trainees), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_step_whose_loss_is_not_a_number_is_refused_and_a_row_of_them_halts(train_values: Values) -> None:
+    trainee = two_part_trainee(config_of(train_values, guard={"halt_after": 2}))
+    bad = [micro_batch(torch.full((4, 4), math.nan))]
+    before = [p.detach().clone() for p in trainee.engines["first"].module.parameters()]
+    assert "loss is nan" in str(train_step(trainee, bad, 0)["skipped"])
+    for now, then in zip(trainee.engines["first"].module.parameters(), before, strict=True):
+        torch.testing.assert_close(now.detach(), then, rtol=0, atol=0)
+    with pytest.raises(UserError, match="fewer than 2 refused updates in a row"):
+        train_step(trainee, bad, 4)
