@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from cluster.console import progress_bar, say, show
@@ -45,14 +44,13 @@ def run(arguments: list[str]) -> int:
     # As an exception, so that `finally` ends the workers; the default would leave them to find out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        app(args=arguments, standalone_mode=False)
+        return app(args=arguments, standalone_mode=False) or 0
     except UserError as error:
         return _fail(str(error), error.exit_code, arguments)
-    except click.ClickException as error:
-        return _fail(error.format_message(), 2, arguments)
-    except (click.Abort, KeyboardInterrupt):
+    except typer.TyperException as error:
+        return _fail(" ".join(str(error).split()) or "expected a command, found none", 2, arguments)
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", 1, arguments)
-    return 0
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:
@@ -84,9 +82,9 @@ def corpus_inspect(dataset: Annotated[str, typer.Argument(help="Dataset URI.")],
 @corpus_app.command("verify")
 def corpus_verify(dataset: Annotated[str, typer.Argument(help="Dataset URI.")], as_json: Json = False) -> None:
     """Read every byte of a dataset and name each bad part."""
-    from data_pipeline.shards import open_dataset, verify_dataset
+    from data_pipeline.shards import verify_dataset
 
-    bad = [{"part": b.part, "expected": b.expected, "found": b.found} for b in verify_dataset(open_dataset(dataset))]
+    bad = [{"part": b.part, "expected": b.expected, "found": b.found} for b in verify_dataset(dataset)]
     report_verification(bad, as_json)
 
 

@@ -73,8 +73,7 @@ def _supervise(processes: list[subprocess.Popen[str]], on_event: Callable[[Event
             running.discard(rank)
             _refuse_bad_end(rank, processes[rank])
         elif event["event"] == "error":
-            error = event["error"]
-            raise UserError(error["name"], error["expected"], error["found"], error["next_step"])
+            raise UserError(*event["fields"])
         else:
             on_event(event)
             result = event if event["event"] == "result" else result

@@ -40,8 +40,7 @@ def main() -> int:
         train(spec["values"], spec["attempt"], group, report)
         group.close()
     except UserError as error:
-        fields = ("name", "expected", "found", "next_step")
-        report({"event": "error", "error": {field: getattr(error, field) for field in fields}})
+        report({"event": "error", "fields": error.fields()})
         return error.exit_code
     return 0
 

@@ -7,6 +7,8 @@ with `exit_code`; any other exception is a defect of Glidepath and keeps its tra
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """A refusal in one line: object, expected, found, next step. `exit_code` is 1 (failed)."""
@@ -16,6 +18,20 @@ class UserError(Exception):
     def __init__(self, name: str, expected: str, found: str, next_step: str) -> None:
         self.name, self.expected, self.found, self.next_step = name, expected, found, next_step
         super().__init__(f"{name}: expected {expected}, found {found}; {next_step}")
+
+    def fields(self) -> tuple[str, str, str, str]:
+        """What `UserError(...)` takes, to say the same in another process."""
+        return self.name, self.expected, self.found, self.next_step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is rebuilt from its message alone, which would break the pool that carries it.
+        return _rebuild, (type(self), *self.fields())
+
+
+def _rebuild(kind: type[UserError], *fields: str) -> UserError:
+    error = kind.__new__(kind)
+    UserError.__init__(error, *fields)
+    return error
 
 
 class UsageError(UserError):

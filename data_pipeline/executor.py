@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from data_pipeline.errors import UserError
 
@@ -70,31 +70,15 @@ def _in_completion_order(
     try:
         while True:
             batch = islice(items, in_flight - len(pending))
-            pending |= {pool.submit(_carrying_refusals, function, item) for item in batch}
+            pending |= {pool.submit(function, item) for item in batch}
             if not pending:
                 return
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
-                result = future.result()
-                if isinstance(result, _Refusal):
-                    raise result.kind(*result.fields)
-                yield result
+                yield future.result()
     finally:
         for future in pending:
             future.cancel()
-
-
-class _Refusal(NamedTuple):
-    kind: type[UserError]
-    fields: tuple[str, str, str, str]
-
-
-def _carrying_refusals(function: Callable[[Item], Result], item: Item) -> Result | _Refusal:
-    # An exception whose constructor takes more than its message cannot be unpickled: it would break the pool.
-    try:
-        return function(item)
-    except UserError as error:
-        return _Refusal(type(error), (error.name, error.expected, error.found, error.next_step))
 
 
 def one_thread() -> None:

@@ -63,7 +63,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str, line: str)
 
 
 def test_an_override_without_a_value_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="key.sub=value"):
+    with pytest.raises(UsageError, match=r"key\.sub=value"):
         read_values(write(tmp_path, "top.yaml", "lr: 2\n"), ["lr"])
 
 

@@ -25,7 +25,8 @@ SIZES = {"net/a": 7, "net/b": 1, "net/c": 30}
 
 def state(seed: int = 0) -> dict[tuple[str, str], torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {(n, kind): torch.randn(size, generator=generator) for n, size in SIZES.items() for kind in ("master", "ema")}
+    kinds = ("master", "ema")
+    return {(n, kind): torch.randn(size, generator=generator) for n, size in SIZES.items() for kind in kinds}
 
 
 def shares(world: int) -> list[list[tuple[str, int, int]]]:

@@ -43,7 +43,7 @@ def test_the_base_recipe_prepares_pixels_captions_noise_and_timesteps(train_valu
     expected = area_resize(rows["image64"][3].reshape(64, 64, 3), 16).astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(batch["images"][3].permute(1, 2, 0).numpy(), expected, atol=1e-6)
     assert batch["mask_BL"].sum(dim=1).tolist() == np.minimum(rows["n_tokens"], 8).tolist()
-    assert 0 <= int(batch["timesteps"].min()) and int(batch["timesteps"].max()) < 1000
+    assert set(batch["timesteps"].tolist()) <= set(range(1000))
 
 
 def test_the_upsampler_is_conditioned_on_the_area_reduction_of_the_picture_it_learns(
@@ -60,9 +60,7 @@ def test_the_upsampler_is_conditioned_on_the_area_reduction_of_the_picture_it_le
 
 
 @pytest.mark.parametrize(("dropout", "kept"), [(0.0, 96), (1.0, 0)])
-def test_caption_dropout_empties_the_mask(
-    train_values: Values, dataset_uri: str, dropout: float, kept: int
-) -> None:
+def test_caption_dropout_empties_the_mask(train_values: Values, dataset_uri: str, dropout: float, kept: int) -> None:
     recipe = make_recipe(parse_train_config(train_values(caption_dropout=dropout), "test"))
     batch = recipe.prepare(rows_of(recipe, dataset_uri, 32), draws_of(32))
     assert bool(batch["mask_BL"].any()) == (kept > 0)
