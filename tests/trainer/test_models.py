@@ -162,7 +162,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 def test_attention_is_a_softmax_over_caption_then_pixels_with_heads_as_the_slow_axis() -> None:
     torch.manual_seed(0)
-    block = AttentionBlock(channels=32, head_channels=8, text_width=24)
+    block = AttentionBlock(channels=32, head_channels=8, text_width=24, norm_groups=32)
     nn.init.normal_(block.proj_out.weight)
     x_BCHW, context_BSD = torch.randn(2, 32, 4, 4), torch.randn(2, 5, 24)
 
@@ -188,7 +188,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def test_norms_keep_the_dtype_and_their_gradients_are_those_of_float32() -> None:
-    norm = GroupNorm32(64).bfloat16()
+    norm = GroupNorm32(32, 64).bfloat16()
     x_BCHW = (torch.randn(2, 64, 8, 8) + 100.2).bfloat16()  # bfloat16 would round the mean by up to a quarter
     weights_BCHW = torch.randn(2, 64, 8, 8).bfloat16()
     low, high = x_BCHW.clone().requires_grad_(), x_BCHW.double().requires_grad_()
@@ -256,7 +256,7 @@ def test_captions_of_another_length_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": 48}, "channels divisible by the 32 groups"),
+        ({"channels": 48}, "channels divisible by norm_groups 32"),
         ({"head_channels": 48}, "head_channels that divides the width"),
         ({"text_heads": 5}, "text_width divisible by text_heads 5, found 24"),
         ({"image_size": 15}, "image_size divisible by 2"),

@@ -13,7 +13,6 @@ from pydantic import Field, PositiveInt, model_validator
 from data_pipeline.config import Settings
 
 VOCABULARY = 50257  # GPT-2's byte-pair encoding, as in the release
-NORM_GROUPS = 32  # fixed in the release; every normalised width is a multiple of it
 IMAGE_CHANNELS = 3
 
 Positive = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -32,6 +31,9 @@ class GlideModelConfig(Settings):
     attention_resolutions: tuple[PositiveInt, ...]
     """Sides of the feature maps that attend to themselves and to the caption; the middle block always does."""
     head_channels: PositiveInt = 64
+    norm_groups: PositiveInt = 32
+    """Groups of every group normalisation; 32 in the release. A narrow network needs fewer: with one channel per group
+    each channel loses its mean, and with it the colour of the whole picture."""
     text_context: PositiveInt = 128
     """Caption length in tokens, padding included."""
     text_width: PositiveInt
@@ -68,8 +70,8 @@ class GlideModelConfig(Settings):
 
     @model_validator(mode="after")
     def _check_widths(self) -> GlideModelConfig:
-        if self.channels % NORM_GROUPS:
-            raise ValueError(f"channels divisible by the {NORM_GROUPS} groups of the norms, found {self.channels}")
+        if self.channels % self.norm_groups:
+            raise ValueError(f"channels divisible by norm_groups {self.norm_groups}, found {self.channels}")
         for resolution, mult in zip(self.resolutions, self.channel_mult, strict=True):
             width = self.channels * mult
             attends = resolution in self.attention_resolutions or resolution == self.resolutions[-1]

@@ -17,20 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.models.config import NORM_GROUPS
-
 M = TypeVar("M", bound=nn.Module)
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation over 32 groups in float32, then SiLU when `silu`; returns the input's dtype.
+    """Group normalisation in float32, then SiLU when `silu`; returns the input's dtype.
 
     Given bfloat16, torch's kernel keeps mean and reciprocal deviation as bfloat16 for the backward pass, which spoils
     the gradient where the mean is large; hence the explicit float32.
     """
 
-    def __init__(self, channels: int, *, silu: bool = False) -> None:
-        super().__init__(NORM_GROUPS, channels)
+    def __init__(self, groups: int, channels: int, *, silu: bool = False) -> None:
+        super().__init__(groups, channels)
         self.silu = silu
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -46,17 +46,20 @@ class ResBlock(nn.Module):
         channels_out: int,
         embedding: int,
         dropout: float,
+        norm_groups: int,
         resample: Down | Up | None = None,
     ) -> None:
         super().__init__()
         self.resample = resample
         # Identities hold the places that the activation has in the release, so that the indices agree.
         self.in_layers = nn.Sequential(
-            GroupNorm32(channels_in, silu=True), nn.Identity(), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+            GroupNorm32(norm_groups, channels_in, silu=True),
+            nn.Identity(),
+            nn.Conv2d(channels_in, channels_out, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * channels_out))
         self.out_layers = nn.Sequential(
-            GroupNorm32(channels_out),
+            GroupNorm32(norm_groups, channels_out),
             nn.SiLU(),
             nn.Dropout(dropout),
             zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1)),
@@ -86,10 +89,10 @@ class AttentionBlock(nn.Module):
     its own width and appends them to its context.
     """
 
-    def __init__(self, channels: int, head_channels: int, text_width: int) -> None:
+    def __init__(self, channels: int, head_channels: int, text_width: int, norm_groups: int) -> None:
         super().__init__()
         self.heads = channels // head_channels
-        self.norm = GroupNorm32(channels)
+        self.norm = GroupNorm32(norm_groups, channels)
         self.qkv = Pointwise(channels, 3 * channels)
         self.encoder_kv = Pointwise(text_width, 2 * channels)
         self.proj_out = zeroed(Pointwise(channels, channels))
@@ -161,7 +164,7 @@ class UNetBuilder:
         """Norm, activation and the last convolution, which starts at zero and always runs in float32."""
         width = self.widths[0]
         return nn.Sequential(
-            GroupNorm32(width, silu=True),
+            GroupNorm32(self.config.norm_groups, width, silu=True),
             nn.Identity(),
             zeroed(Conv2dFloat32(width, self.config.out_channels, 3, padding=1)),
         )
@@ -171,11 +174,11 @@ class UNetBuilder:
         return Stage(*layers)
 
     def _res(self, channels_in: int, channels_out: int, resample: Down | Up | None = None) -> ResBlock:
-        return ResBlock(channels_in, channels_out, self.embedding, self.dropout, resample)
+        return ResBlock(channels_in, channels_out, self.embedding, self.dropout, self.config.norm_groups, resample)
 
     def _attention(self, level: int) -> list[AttentionBlock]:
         attends = self.config.resolutions[level] in self.config.attention_resolutions
         return [self._attend(self.widths[level])] if attends else []
 
     def _attend(self, width: int) -> AttentionBlock:
-        return AttentionBlock(width, self.config.head_channels, self.config.text_width)
+        return AttentionBlock(width, self.config.head_channels, self.config.text_width, self.config.norm_groups)
