@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
     """Run one command; its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     # As an exception, so that `finally` ends the workers; the default would leave them to find out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         return app(args=arguments, standalone_mode=False) or 0
     except UserError as error:
@@ -51,6 +51,10 @@ def run(arguments: list[str]) -> int:
         return _fail(" ".join(str(error).split()) or "expected a command, found none", 2, arguments)
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", 1, arguments)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:
@@ -63,11 +67,11 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
 @corpus_app.command("build")
 def corpus_build(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Build a corpus into Arrow shards."""
-    from data_pipeline.build import build_corpus
+    from cluster.training import build_swept
 
     corpus = load_corpus_config(config, overrides)
     with progress_bar("corpus") as bar:
-        summary = build_corpus(corpus, progress=lambda stage, done, total: bar(done, total, stage))
+        summary = build_swept(corpus, lambda stage, done, total: bar(done, total, stage))
     show(summary, as_json)
 
 
@@ -190,9 +194,13 @@ def run_store(run: str) -> str:
 
 def report_verification(bad: list[dict[str, Any]], as_json: bool) -> None:
     """Show what `verify` found; exit code 1 if anything is bad."""
-    show({"ok": not bad, "bad": bad}, True) if as_json else show({"ok": not bad, "bad parts": len(bad)}, False)
-    for part in bad:
-        say(f"bad: {part['part']}: expected {part['expected']}, found {part['found']}")
+    lines = [f"{part['part']}: expected {part['expected']}, found {part['found']}" for part in bad]
+    for line in lines:
+        say(f"bad: {line}")
+    if as_json:
+        show({"ok": not bad, "bad": bad} | ({"error": lines[0]} if bad else {}), True)
+    else:
+        show({"ok": not bad, "bad parts": len(bad)}, False)
     if bad:
         raise typer.Exit(1)
 

@@ -12,6 +12,8 @@ from data_pipeline.errors import UserError
 from trainer.config import SamplingSettings
 from trainer.sampling import Trained, draw_images, grid, load_trained, png_bytes, two_stage
 
+STAGES = ("glide_base", "glide_upsampler")
+
 
 def draw_to_folder(
     models: Sequence[str], prompts: Sequence[str], settings: SamplingSettings, seed: int, folder: Path
@@ -21,13 +23,17 @@ def draw_to_folder(
     Returns {"checkpoint", "samples": grid path, "images": paths}. Raises UserError when a checkpoint is of another
     recipe.
     """
-    base = load_recipe(models[0], "glide_base")
-    if len(models) == 2:
-        _, images = two_stage(base, load_recipe(models[1], "glide_upsampler"), prompts, settings, seed)
+    base, *upsamplers = [load_recipe(uri, recipe) for uri, recipe in zip(models, STAGES, strict=False)]
+    if upsamplers:
+        _, images = two_stage(base, upsamplers[0], prompts, settings, seed)
     else:
         images = draw_images(base.recipe, base.modules, prompts, settings, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"checkpoint": " ".join(models), "seed": str(seed), "sampling": settings.model_dump_json()}
+    about = {
+        "checkpoint": " ".join(model.uri for model in (base, *upsamplers)),
+        "seed": str(seed),
+        "sampling": settings.model_dump_json(),
+    }
     paths = []
     for number, (pixels, prompt) in enumerate(zip(images, prompts, strict=True)):
         paths.append(folder / f"{number:04d}.png")

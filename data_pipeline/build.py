@@ -22,7 +22,7 @@ from data_pipeline.judge import KeepList, judge
 from data_pipeline.manifests import Document, digest_of
 from data_pipeline.score import score_unit, unit_prefix
 from data_pipeline.shards import Dataset, commit_dataset, commit_family, open_dataset
-from data_pipeline.sources import Unit, list_units
+from data_pipeline.sources import list_units
 from data_pipeline.storage import ObjectStore, open_store
 from data_pipeline.tokenizer import TOKENIZER_SHA256
 
@@ -55,10 +55,14 @@ def build_corpus(
 
     units = list_units(config.inputs, executor)
     prefixes = [unit_prefix(unit.digest, limits) for unit in units]
-    scored = _run(executor, partial(score_unit, store, limits), units, "score", progress)
+    uris = {unit.digest: unit.uri for unit in units}
+
+    def within_budget(unit: Document) -> None:
+        _refuse_over_budget(config.budget, uris[unit["unit"]], unit)
+
+    scored = _run(executor, partial(score_unit, store, limits), units, "score", progress, within_budget)
     by_digest = {unit["unit"]: unit for unit in scored}
     scored = [by_digest[unit.digest] for unit in units]
-    _refuse_over_budget(config.budget, units, scored)
 
     progress("judge", 0, 1)
     keep = judge(store, prefixes, scored, config.seed)
@@ -134,11 +138,18 @@ def _manifest_of(key: str) -> str | None:
 
 
 def _run(
-    executor: Executor, function: Callable[[Any], Any], items: Sequence[Any], stage: str, progress: Progress
+    executor: Executor,
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    stage: str,
+    progress: Progress,
+    check: Callable[[Any], None] = lambda result: None,
 ) -> list[Any]:
+    """All results, in order of completion; `check` may refuse each as it comes, before more work is done."""
     results: list[Any] = []
     progress(stage, 0, len(items))
     for result in executor.map(function, items):
+        check(result)
         results.append(result)
         progress(stage, len(results), len(items))
     return results
@@ -150,13 +161,12 @@ def _output(config: CorpusConfig) -> str:
     return config.output
 
 
-def _refuse_over_budget(budget: float | None, units: Sequence[Unit], scored: Sequence[Document]) -> None:
-    for unit, result in zip(units, scored, strict=True):
-        if budget is not None and result["quarantined"] > budget * result["in"]:
-            bad = ", ".join(f"{record['key']} ({record['reason']})" for record in result["bad"])
-            found = f"{result['quarantined']} of {result['in']}: {bad}"
-            next_step = "repair the input, or raise budget (null: no limit)"
-            raise UserError(f"unit {unit.uri}", f"at most {budget:.1%} bad records", found, next_step)
+def _refuse_over_budget(budget: float | None, uri: str, unit: Document) -> None:
+    if budget is not None and unit["quarantined"] > budget * unit["in"]:
+        bad = ", ".join(f"{record['key']} ({record['reason']})" for record in unit["bad"])
+        found = f"{unit['quarantined']} of {unit['in']}: {bad}"
+        next_step = "repair the input, or raise budget (null: no limit)"
+        raise UserError(f"unit {uri}", f"at most {budget:.1%} bad records", found, next_step)
 
 
 def _funnel(scored: Sequence[Document], keep: KeepList) -> Document:

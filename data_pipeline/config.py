@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -26,6 +27,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as text; a number is what everybody means by it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 S = TypeVar("S", bound=Settings)
 
@@ -60,7 +69,7 @@ def read_values(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, A
         if not separator or not key:
             raise UsageError(f"override {override!r}", "key.sub=value", "no '='", "write for example lr=1e-4")
         try:
-            value = _numbers(yaml.safe_load(text))
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError:
             raise UsageError(f"override {key}", "a YAML value", repr(text), "quote the value") from None
         _set_key(values, key, value)
@@ -80,7 +89,7 @@ def _read_extended(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path in chain:
         raise UsageError(f"{path}", "extends: without a circle", f"it extends itself through {chain[-1]}", "remove one")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         by = f"; extended by {chain[-1]}" if chain else ""
         raise UsageError(f"{path}", "a readable file", error.strerror or str(error), f"check the path{by}") from None
@@ -88,7 +97,6 @@ def _read_extended(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise UsageError(f"{path}", "YAML", " ".join(str(error).split()), "correct the file") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}", "a mapping of keys to values", type(values).__name__, "correct the file")
-    values = _numbers(values)
     parents = values.pop("extends", [])
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
@@ -102,20 +110,6 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text; a number is what everybody means by it."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _set_key(values: dict[str, Any], key: str, value: Any) -> None:

@@ -76,7 +76,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 def decode(data: bytes, enough_side: int | None = None) -> Pixels:
     """RGB uint8 [H, W, 3], upright. Raises ImageError.
 
-    `enough_side`: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels;
+    `enough_side`: a JPEG may be decoded at 1/2, 3/8, 1/4 or 1/8 of its size while both sides keep this many pixels;
     decoding a camera's picture for a 256 px crop then costs a small part of the full price.
     """
     size_of(data)
@@ -119,16 +119,6 @@ def area_resize(square: Pixels, side: int) -> Pixels:
         return square
     filter_ = cv2.INTER_AREA if square.shape[0] > side else cv2.INTER_CUBIC
     return cast(Pixels, cv2.resize(square, (side, side), interpolation=filter_))
-
-
-def centre_crop_resize(pixels: Pixels, side: int) -> Pixels:
-    """RGB uint8 [H, W, 3] -> [side, side, 3]: centred square, then `area_resize`."""
-    return area_resize(centre_crop(pixels), side)
-
-
-def to_64(pixels: Pixels) -> Pixels:
-    """[S, S, 3] -> [64, 64, 3] by `area_resize`; the upsampler's condition is `to_64` of its decoded 256 px image."""
-    return area_resize(pixels, 64)
 
 
 def _plain_jpeg_header(data: bytes) -> tuple[int, int] | None:

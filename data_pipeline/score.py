@@ -74,7 +74,7 @@ class Tables:
 
 def settings_digest(limits: Thresholds) -> str:
     """Of everything besides the unit that its staged rows depend on."""
-    return digest_of([FORMAT, asdict(limits), TOKENIZER_SHA256, CODEC_VERSIONS])
+    return digest_of([FORMAT, asdict(limits), TOKENIZER_SHA256, CODEC_VERSIONS, str(STAGED_SCHEMA)])
 
 
 def unit_prefix(unit_digest: str, limits: Thresholds) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from data_pipeline.tokenizer import TOKENIZER_SHA256
 __all__ = ["Bad", "Dataset", "ShardDamaged", "ShardReader", "open_dataset", "verify_dataset"]
 
 FORMAT = "glidepath-dataset-1"
+OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Dataset:
         self.rows: int = manifest["rows"]
         self.shard_rows: tuple[int, ...] = tuple(manifest["shard_rows"])
         self._families: dict[str, Document] = {}
+        # Readers are kept, so that a batch is checked once and not at every use. Bounded: each holds a mapped file.
+        self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
     def families(self) -> tuple[str, ...]:
         """Names of the committed families, those that were added to the finished dataset included."""
@@ -65,7 +69,7 @@ class Dataset:
         keys = [info.key.split("/") for info in self.store.list(self.prefix)]
         return tuple(sorted(key[-2] for key in keys if key[-1] == "manifest.json" and len(key) == depth))
 
-    def shard(self, family: str, index: int) -> ShardReader:
+    def _open_shard(self, family: str, index: int) -> ShardReader:
         """Shard `index` of a family. Raises UserError for a family that is not there, ShardDamaged."""
         entry = self.family_manifest(family)["shards"][index]
         key = f"{self.prefix}{family}/{entry['name']}"

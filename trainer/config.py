@@ -17,8 +17,9 @@ from data_pipeline.errors import UsageError
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-# What a resume may change: how far, on what, how often - nothing that alters the optimisation or the data.
-MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero.stage")
+# What a resume may change: how far, on what, how often - nothing that alters the optimisation or the data. `store` is
+# where the run was found, so it cannot differ from itself; a run that was moved has another.
+MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero.stage", "store")
 
 
 class ZeroSettings(Settings):
@@ -118,15 +119,15 @@ class TrainConfig(Settings):
         return 16 if self.micro_batch == "auto" else self.micro_batch
 
 
-def refuse_changed_keys(stored: dict[str, Any], config: TrainConfig, run: str) -> None:
-    """Raise UsageError naming the first key that a resume changes and must not. `stored`: the run's resolved config."""
+def refuse_changed_keys(began: TrainConfig, config: TrainConfig) -> None:
+    """Raise UsageError naming the first key that a resume changes and must not. `began`: what the run began with."""
     now = dict(flat_keys(config.model_dump(mode="json")))
-    then = dict(flat_keys(stored))
+    then = dict(flat_keys(began.model_dump(mode="json")))
     for key in sorted(now.keys() | then.keys()):
         if now.get(key) == then.get(key) or any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
             continue
         raise UsageError(
-            f"run {run}: key {key}",
+            f"run {config.run}: key {key}",
             f"{then.get(key)!r} as the run began",
             f"{now.get(key)!r}",
             f"on resume only {', '.join(MAY_CHANGE)} may change; choose another run and store for a new one",

@@ -1,106 +1,207 @@
-"""The training loop: fetch, forward, backward, update (which asks the guard), ema, log, maybe save or sample.
+"""The training loop of one rank: fetch, step, log, maybe save, sample or evaluate.
 
-Always holds: it knows no recipe, engine, store or tracker by name; losses are summed per sample and divided by the
-global batch, so the number of workers changes nothing but the order of additions; everything it decides follows from
-the position and from numbers that are equal on all ranks.
+Always holds: it knows no recipe, store or tracker by name; what happens when follows from the position alone, so every
+rank does it at the same step. Called by `trainer.run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data_pipeline.draws import key64
-from data_pipeline.errors import UserError
-from data_pipeline.loader import MicroBatch
-from trainer.config import TrainConfig, lr_at
-from trainer.ema import ema_decay_at, update_ema
-from trainer.engine.engine import Engine
-from trainer.engine.group import Group
-from trainer.guard import Decision, GuardHistory, judge
-from trainer.recipes.recipe import Phase, Recipe
+from data_pipeline.loader import Column, Loader, MicroBatch, micro_batches
+from data_pipeline.order import SampleOrder
+from data_pipeline.shards import Dataset
+from trainer.checkpoint.load import restore_newest
+from trainer.checkpoint.manifest import CheckpointName
+from trainer.checkpoint.save import Saver
+from trainer.config import TrainConfig
+from trainer.evaluation.heldout import first_rows, heldout_loss
+from trainer.guard import GuardHistory
+from trainer.metrics import StepTimer
+from trainer.sampling import draw_images, grid, png_bytes
+from trainer.step import Trainee, train_step
+from trainer.tracking.tracker import Tracker
 
+log = logging.getLogger(__name__)
 
-@dataclass
-class Trainee:
-    """What training changes: an engine and a guard history per part."""
-
-    recipe: Recipe
-    config: TrainConfig
-    group: Group
-    engines: dict[str, Engine]
-    guards: dict[str, GuardHistory] = field(default_factory=dict)
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        return {name: engine.module for name, engine in self.engines.items()}
-
-
-def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: int) -> dict[str, float | str]:
-    """One update of every phase on the global batch that starts at `position`.
-
-    Returns figures to log, equal on all ranks; a refused update adds `skipped`: its reason. Raises UserError when the
-    guard halts the run.
-    """
-    figures: dict[str, float | str] = {}
-    lr = lr_at(position, trainee.config.lr, trainee.config.warmup_images)
-    for phase in trainee.recipe.phases():
-        engine = trainee.engines[phase.part]
-        with only_trained(trainee.engines, phase.part):
-            sums = accumulate(trainee, phase, engine, micro_batches)
-        losses = dict(zip(phase.terms, (trainee.group.sum_(sums) / trainee.config.batch).tolist(), strict=True))
-        seen: dict[str, float | str] = {}
-
-        def guard(norm: float, part: str = phase.part, loss: float = losses["total"], seen: dict = seen) -> Decision:
-            history = trainee.guards.get(part, GuardHistory())
-            verdict = judge(history, loss, norm, trainee.config.guard)
-            trainee.guards[part] = verdict.history
-            seen["grad_norm"] = norm
-            if verdict.reason:
-                seen["skipped"] = verdict.reason
-            return verdict.decision
-
-        updates = engine.optimizer_steps()
-        decision = engine.update(lr, guard)
-        if decision is Decision.CONTINUE:
-            update_ema(engine.shard_view(), ema_decay_at(updates, trainee.config.ema))
-        elif decision is Decision.HALT:
-            raise UserError(
-                f"run {trainee.config.run}, part {phase.part}, at {position} images",
-                f"fewer than {trainee.config.guard.halt_after} refused updates in a row",
-                f"that many, the last because {seen['skipped']}",
-                "look at the curves before it; the checkpoints before it stand",
-            )
-        figures.update({f"loss/{name}": value for name, value in losses.items()}, **seen)
-    return {**figures, "lr": lr}
-
-
-def accumulate(trainee: Trainee, phase: Phase, engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """Backward of every micro batch; this rank's sum of each loss term, float64 [terms]."""
-    sums = torch.zeros(len(phase.terms), dtype=torch.float64)
-    for micro in micro_batches:
-        if micro.batch is None:  # this rank's share is used up
-            continue
-        torch.manual_seed(key64("dropout", trainee.config.seed, int(micro.positions[0]), trainee.group.rank))
-        with engine.precision_context():
-            losses = phase.loss(trainee.modules, micro.batch, micro.draws)
-        engine.backward(losses["total"].sum() / trainee.config.batch)
-        sums += torch.stack([losses[name].detach().sum().double() for name in phase.terms])
-    return sums
+Report = Callable[[dict[str, Any]], None]
+GRID_PICTURES = 8
+CONSUMED = "consumed.jsonl"
 
 
 @contextmanager
-def only_trained(engines: Mapping[str, Engine], part: str) -> Iterator[None]:
-    """Inside, every part but `part` is frozen: no gradient reaches its parameters."""
-    others = [parameter for name, engine in engines.items() if name != part for parameter in engine.module.parameters()]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
+def ema_modules(trainee: Trainee) -> Iterator[Mapping[str, nn.Module]]:
+    """The parts with their EMA weights, in evaluation mode. A collective call."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(engine.weights("ema")) for name, engine in trainee.engines.items()}
+
+
+class TrainingLoop:
+    """One rank of one attempt. `restore`, then `train`."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        dataset: Dataset,
+        heldout: Dataset | None,
+        saver: Saver,
+        tracker: Tracker,
+        consumed: Path | None,
+        report: Report,
+    ) -> None:
+        """`consumed`: the file that lists the ids of every global batch; `report` gets rank 0's progress and result."""
+        self.trainee, self.dataset, self.heldout, self.saver = trainee, dataset, heldout, saver
+        self.tracker, self.consumed, self.report = tracker, consumed, report
+        self.config: TrainConfig = trainee.config
+        self.group, self.store = trainee.group, saver.store
+        self.order = SampleOrder(dataset.id, dataset.shard_rows, self.config.seed, self.config.batch)
+        self.timer = StepTimer()
+        self.position = 0  # images consumed
+        self.saved = -1  # position of the newest save that was begun
+        self.checkpoint: CheckpointName | None = None  # newest that this rank restored or saw committed
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint that verifies, or start at 0."""
+        engines = self.trainee.engines
+        wanted = [interval for engine in engines.values() for interval in engine.wanted()]
+        found = restore_newest(self.store, self.group, wanted, self.saver.identity.parameters, self.dataset.id)
+        if found is None:
+            return
+        name, manifest = found.name, found.manifest
+        for part, engine in engines.items():
+            engine.loaded(manifest.optimizer_steps[part])
+        self.trainee.guards = {part: GuardHistory.from_document(document) for part, document in manifest.guard.items()}
+        self.checkpoint, self.position, self.saved = name, name.position, name.position
+        for damage in found.passed_over:
+            self.say("fallback", damage)
+        self.say("resume", f"from {name}, world size {manifest.world_size} then, {self.group.world_size} now")
+
+    def train(self) -> None:
+        config = self.config
+        if self.position == 0:
+            self.evaluate()
+        cut = micro_batches(config.batch, self.group.rank, self.group.world_size, config.micro_batch_size())
+        loader = Loader(self.dataset, self.order, self.trainee.recipe.columns, self.trainee.recipe.prepare, cut)
+        batches = loader.batches(self.position, config.images)
+        self.timer.finish(0)
+        while self.position < config.images:
+            with self.timer.section("data"):
+                micro_batches_of_step = next(batches)
+            with self.timer.section("update"):
+                figures = train_step(self.trainee, micro_batches_of_step, self.position)
+            self.log_consumed(micro_batches_of_step)
+            self.position += config.batch
+            self.log(figures)
+            if self.due(config.checkpoint.every_images):
+                self.save()
+            if self.due(config.samples.every_images):
+                self.sample()
+            if config.heldout and self.due(config.heldout.every_images):
+                self.evaluate()
+        self.finish()
+
+    def due(self, every_images: int) -> bool:
+        """Whether the last step reached a multiple of `every_images`; the end has its own save and figures."""
+        reached = self.position // every_images > (self.position - self.config.batch) // every_images
+        return reached and self.position < self.config.images
+
+    def log(self, figures: dict[str, float | str]) -> None:
+        position = self.position
+        if "skipped" in figures:
+            self.say("skip", str(figures["skipped"]))
+        values = {name: float(value) for name, value in figures.items() if name != "skipped"}
+        values.update(self.timer.finish(self.config.batch))
+        self.tracker.log(position, values)
+        if self.group.rank == 0:
+            self.report({"event": "progress", "images": position, "loss": values["loss/total"]} | values)
+
+    def log_consumed(self, micro_batches_of_step: list[MicroBatch]) -> None:
+        """The ids of the global batch, in order, as one line; every rank brings its own."""
+        if self.consumed is None:
+            return
+        start = self.position
+        ids = torch.zeros(self.config.batch, dtype=torch.int64)
+        for micro in micro_batches_of_step:
+            ids[torch.from_numpy(micro.positions - start)] = torch.from_numpy(micro.ids.view("int64"))
+        ids = self.group.sum_(ids)
+        if self.group.rank == 0:
+            ids_in_order = ids.numpy().view("uint64").tolist()
+            with self.consumed.open("a") as file:
+                file.write(
+                    json.dumps({"attempt": self.saver.identity.attempt, "position": start, "ids": ids_in_order}) + "\n"
+                )
+
+    def save(self) -> None:
+        position = self.position
+        view = [interval for engine in self.trainee.engines.values() for interval in engine.shard_view()]
+        with self.timer.section("save"):
+            self.saver.save(
+                position,
+                view,
+                {
+                    "optimizer_steps": {part: e.optimizer_steps() for part, e in self.trainee.engines.items()},
+                    "guard": {part: dataclasses.asdict(history) for part, history in self.trainee.guards.items()},
+                    "order": dataclasses.asdict(self.order.state(position)),
+                },
+            )
+        self.saved = position
+
+    def sample(self) -> str | None:
+        """A grid of EMA samples in the store; its key. A collective call; rank 0 draws."""
+        key = None
+        settings = self.config.samples
+        with ema_modules(self.trainee) as modules:
+            if self.group.rank == 0 and (settings.prompts or self.heldout):
+                prompts, images = self.grid_inputs()
+                drawn = draw_images(
+                    self.trainee.recipe, modules, prompts, settings.sampling, key64("grid", self.config.seed), images
+                )
+                key = f"samples/images-{self.position:09d}-ema.png"
+                about = {"run": self.config.run, "images": str(self.position)}
+                self.store.put(key, [png_bytes(grid(drawn, prompts), about)])
+                self.say("samples", key)
+        return key
+
+    def grid_inputs(self) -> tuple[list[str], Any]:
+        if self.config.samples.prompts:
+            return list(self.config.samples.prompts), None
+        assert self.heldout is not None
+        rows = first_rows(self.heldout, (Column("base", "caption"), Column("base", "image64")), GRID_PICTURES)
+        return rows["caption"], rows["image64"].reshape(-1, 64, 64, 3)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss of the EMA weights, logged. A collective call."""
+        if self.heldout is None or self.config.heldout is None:
+            return {}
+        with ema_modules(self.trainee) as modules:
+            losses = heldout_loss(self.config, modules, self.heldout, self.config.heldout, self.group)
+        self.tracker.log(self.position, {f"heldout/{name}": value for name, value in losses.items()})
+        return losses
+
+    def finish(self) -> None:
+        """Final save, grid and figures; fails if the save did not commit."""
+        if self.saved != self.position:
+            self.save()
+        samples = self.sample()
+        heldout = self.evaluate()
+        self.saver.wait()
+        self.checkpoint = self.saver.committed or self.checkpoint
+        if self.group.rank == 0:
+            uri = f"{self.store.uri}/{self.checkpoint.folder.rstrip('/')}" if self.checkpoint else None
+            result = {"images": self.position, "samples": samples, "heldout": heldout, "checkpoint": uri}
+            self.report({"event": "result", "failed_saves": self.saver.failures, **result})
+
+    def say(self, kind: str, text: str) -> None:
+        if self.group.rank == 0:
+            log.info("%s: %s", kind, text)
+            self.tracker.event(self.position, kind, text)

@@ -1,4 +1,4 @@
-"""One attempt of a training run on one rank: restore, train, evaluate, sample, save.
+"""A training run: where its things lie, whether it may go on, and one attempt of it on one rank.
 
 Always holds: what the run is follows from its configuration and its store alone; starting the same command again goes
 on from the newest checkpoint that verifies. Called by a launcher's worker processes, after `prepare_run` in the driver.
@@ -6,49 +6,32 @@ on from the newest checkpoint that verifies. Called by a launcher's worker proce
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from data_pipeline.config import state_folder
 from data_pipeline.draws import key64
 from data_pipeline.errors import UserError
-from data_pipeline.loader import Column, Loader, MicroBatch, micro_batches
-from data_pipeline.order import SampleOrder
-from data_pipeline.shards import Dataset, open_dataset
-from data_pipeline.storage import ObjectStore, open_store
+from data_pipeline.shards import open_dataset
+from data_pipeline.storage import open_store
 from trainer.checkpoint.attempts import first_record_key, take_attempt
-from trainer.checkpoint.load import restore_newest
-from trainer.checkpoint.manifest import CheckpointName
 from trainer.checkpoint.save import RunIdentity, Saver
 from trainer.checkpoint.sweep import sweep
 from trainer.config import TrainConfig, refuse_changed_keys
 from trainer.engine.engine import Engine
 from trainer.engine.group import Group
 from trainer.engine.replicated import ReplicatedEngine
-from trainer.evaluation.heldout import first_rows, heldout_loss
-from trainer.guard import GuardHistory
-from trainer.loop import Trainee, train_step
-from trainer.metrics import StepTimer
+from trainer.loop import CONSUMED, Report, TrainingLoop
 from trainer.recipes import make_recipe, parse_train_config
-from trainer.sampling import draw_images, grid, png_bytes
+from trainer.step import Trainee
 from trainer.tracking.jsonl import JsonlTracker
 from trainer.tracking.tracker import NoTracker, Tracker
 
-log = logging.getLogger(__name__)
-
-Report = Callable[[dict[str, Any]], None]
-GRID_PICTURES = 8
-CONSUMED = "consumed.jsonl"
-DEMO_DATASETS = ("demo", "demo-heldout")  # by name in the state folder; built there when absent
+DATASETS = "datasets"  # of the state folder, by name
 
 
 def store_uri(config: TrainConfig) -> str:
@@ -57,8 +40,8 @@ def store_uri(config: TrainConfig) -> str:
 
 
 def dataset_uri(name: str) -> str:
-    """A dataset's URI: the demo datasets live in the state folder, anything else is a URI already."""
-    return str(state_folder() / "datasets" / name) if name in DEMO_DATASETS else name
+    """A dataset's URI: a plain name means that dataset in the state folder, anything else is a URI already."""
+    return name if "/" in name or Path(name).exists() else str(state_folder() / DATASETS / name)
 
 
 def tracking_folder(config: TrainConfig) -> Path:
@@ -75,12 +58,13 @@ def prepare_run(config: TrainConfig) -> int:
     store = open_store(store_uri(config))
     first = first_record_key(store)
     if first is not None:
-        began = json.loads(store.get(first))["config"]
-        if began["run"] != config.run:
+        # Through the models of today, so that a setting added since counts with its default.
+        began = parse_train_config(json.loads(store.get(first))["config"], f"run {config.run} as it began")
+        if began.run != config.run:
             raise UserError(
-                f"run store {store.uri}", f"run {began['run']}", f"run {config.run}", "give this run a store of its own"
+                f"run store {store.uri}", f"run {began.run}", f"run {config.run}", "give this run a store of its own"
             )
-        refuse_changed_keys(began, config, config.run)
+        refuse_changed_keys(began, config)
     attempt = take_attempt(store, {"config": config.model_dump(mode="json")})
     sweep(store, attempt)
     return attempt
@@ -88,12 +72,20 @@ def prepare_run(config: TrainConfig) -> int:
 
 def train(values: dict[str, Any], attempt: int, group: Group, report: Report) -> None:
     """Train until `images`. `values`: the resolved configuration; `report` gets rank 0's progress and result."""
-    run = TrainingRun(parse_train_config(values, "run"), attempt, group, report)
+    config = parse_train_config(values, "run")
+    trainee = make_trainee(config, group)
+    dataset = open_dataset(dataset_uri(config.dataset))
+    heldout = open_dataset(dataset_uri(config.heldout.dataset)) if config.heldout else None
+    saver = Saver(open_store(store_uri(config)), identity_of(trainee, attempt))
+    folder = tracking_folder(config)
+    tracker: Tracker = JsonlTracker(folder, attempt) if group.rank == 0 else NoTracker()
+    consumed = folder / CONSUMED if config.tracking.consumed_ids else None
     try:
-        run.restore()
-        run.train()
+        loop = TrainingLoop(trainee, dataset, heldout, saver, tracker, consumed, report)
+        loop.restore()
+        loop.train()
     finally:
-        run.tracker.close()
+        tracker.close()
 
 
 def make_trainee(config: TrainConfig, group: Group) -> Trainee:
@@ -106,173 +98,16 @@ def make_trainee(config: TrainConfig, group: Group) -> Trainee:
     return Trainee(recipe, config, group, engines)
 
 
-@contextmanager
-def ema_modules(trainee: Trainee) -> Iterator[Mapping[str, nn.Module]]:
-    """The parts with their EMA weights, in evaluation mode. A collective call."""
-    with ExitStack() as stack:
-        yield {name: stack.enter_context(engine.weights("ema")) for name, engine in trainee.engines.items()}
-
-
-class TrainingRun:
-    """One rank of one attempt. `restore`, then `train`."""
-
-    def __init__(self, config: TrainConfig, attempt: int, group: Group, report: Report) -> None:
-        self.config, self.group, self.report = config, group, report
-        self.store: ObjectStore = open_store(store_uri(config))
-        self.dataset: Dataset = open_dataset(dataset_uri(config.dataset))
-        self.heldout: Dataset | None = open_dataset(dataset_uri(config.heldout.dataset)) if config.heldout else None
-        self.order = SampleOrder(self.dataset.id, self.dataset.shard_rows, config.seed, config.batch)
-        self.trainee = make_trainee(config, group)
-        self.position = 0  # images consumed
-        self.checkpoint: CheckpointName | None = None  # newest that this rank restored or saw committed
-        self.saved = -1  # position of the newest save that was begun
-        parameters = {n: s for engine in self.trainee.engines.values() for n, s in engine.parameter_sizes.items()}
-        self.saver = Saver(
-            self.store,
-            RunIdentity(
-                run=config.run,
-                attempt=attempt,
-                rank=group.rank,
-                world_size=group.world_size,
-                zero_stage=config.zero.stage,
-                parameters=parameters,
-                config=config.model_dump(mode="json"),
-                code_version=metadata.version("glidepath"),
-            ),
-        )
-        first = group.rank == 0
-        self.tracker: Tracker = JsonlTracker(tracking_folder(config), attempt) if first else NoTracker()
-        self.timer = StepTimer()
-
-    def restore(self) -> None:
-        """Continue from the newest checkpoint that verifies, or start at 0."""
-        engines = self.trainee.engines
-        wanted = [interval for engine in engines.values() for interval in engine.wanted()]
-        found = restore_newest(self.store, self.group, wanted, self.saver.identity.parameters, self.dataset.id)
-        if found is None:
-            return
-        name, manifest = found
-        for part, engine in engines.items():
-            engine.loaded(manifest.optimizer_steps[part])
-        self.trainee.guards = {part: GuardHistory.from_document(document) for part, document in manifest.guard.items()}
-        self.checkpoint, self.position, self.saved = name, name.position, name.position
-        self.say("resume", f"from {name}, world size {manifest.world_size} then, {self.group.world_size} now")
-
-    def train(self) -> None:
-        config = self.config
-        if self.position == 0:
-            self.evaluate()
-        cut = micro_batches(config.batch, self.group.rank, self.group.world_size, config.micro_batch_size())
-        loader = Loader(self.dataset, self.order, self.trainee.recipe.columns, self.trainee.recipe.prepare, cut)
-        batches = loader.batches(self.position, config.images)
-        self.timer.finish(0)
-        while self.position < config.images:
-            with self.timer.section("data"):
-                micro_batches_of_step = next(batches)
-            with self.timer.section("update"):
-                figures = train_step(self.trainee, micro_batches_of_step, self.position)
-            self.log_consumed(micro_batches_of_step)
-            self.position += config.batch
-            self.log(figures)
-            if self.due(config.checkpoint.every_images):
-                self.save()
-            if self.due(config.samples.every_images):
-                self.sample()
-            if config.heldout and self.due(config.heldout.every_images):
-                self.evaluate()
-        self.finish()
-
-    def due(self, every_images: int) -> bool:
-        """Whether the last step reached a multiple of `every_images`; the end has its own save and figures."""
-        reached = self.position // every_images > (self.position - self.config.batch) // every_images
-        return reached and self.position < self.config.images
-
-    def log(self, figures: dict[str, float | str]) -> None:
-        position = self.position
-        if "skipped" in figures:
-            self.say("skip", str(figures["skipped"]))
-        values = {name: float(value) for name, value in figures.items() if name != "skipped"}
-        values.update(self.timer.finish(self.config.batch))
-        self.tracker.log(position, values)
-        if self.group.rank == 0:
-            self.report({"event": "progress", "images": position, "loss": values["loss/total"]} | values)
-
-    def log_consumed(self, micro_batches_of_step: list[MicroBatch]) -> None:
-        """The ids of the global batch, in order, as one line; every rank brings its own."""
-        if not self.config.tracking.consumed_ids:
-            return
-        start = self.position
-        ids = torch.zeros(self.config.batch, dtype=torch.int64)
-        for micro in micro_batches_of_step:
-            ids[torch.from_numpy(micro.positions - start)] = torch.from_numpy(micro.ids.view("int64"))
-        ids = self.group.sum_(ids)
-        if self.group.rank == 0:
-            line = json.dumps({"position": start, "ids": ids.numpy().view("uint64").tolist()})
-            with (tracking_folder(self.config) / CONSUMED).open("a") as file:
-                file.write(line + "\n")
-
-    def save(self) -> None:
-        position = self.position
-        view = [interval for engine in self.trainee.engines.values() for interval in engine.shard_view()]
-        with self.timer.section("save"):
-            self.saver.save(
-                position,
-                view,
-                {
-                    "optimizer_steps": {part: e.optimizer_steps() for part, e in self.trainee.engines.items()},
-                    "guard": {part: dataclasses.asdict(history) for part, history in self.trainee.guards.items()},
-                    "order": dataclasses.asdict(self.order.state(position)),
-                },
-            )
-        self.saved = position
-
-    def sample(self) -> str | None:
-        """A grid of EMA samples in the store; its key. A collective call; rank 0 draws."""
-        key = None
-        settings = self.config.samples
-        with ema_modules(self.trainee) as modules:
-            if self.group.rank == 0 and (settings.prompts or self.heldout):
-                prompts, images = self.grid_inputs()
-                drawn = draw_images(
-                    self.trainee.recipe, modules, prompts, settings.sampling, key64("grid", self.config.seed), images
-                )
-                key = f"samples/images-{self.position:09d}-ema.png"
-                about = {"run": self.config.run, "images": str(self.position)}
-                self.store.put(key, [png_bytes(grid(drawn, prompts), about)])
-                self.say("samples", key)
-        return key
-
-    def grid_inputs(self) -> tuple[list[str], Any]:
-        if self.config.samples.prompts:
-            return list(self.config.samples.prompts), None
-        assert self.heldout is not None
-        rows = first_rows(self.heldout, (Column("base", "caption"), Column("base", "image64")), GRID_PICTURES)
-        return rows["caption"], rows["image64"].reshape(-1, 64, 64, 3)
-
-    def evaluate(self) -> dict[str, float]:
-        """Held-out loss of the EMA weights, logged. A collective call."""
-        if self.heldout is None or self.config.heldout is None:
-            return {}
-        with ema_modules(self.trainee) as modules:
-            losses = heldout_loss(self.config, modules, self.heldout, self.config.heldout, self.group)
-        self.tracker.log(self.position, {f"heldout/{name}": value for name, value in losses.items()})
-        return losses
-
-    def finish(self) -> None:
-        """Final save, grid and figures; fails if the save did not commit."""
-        if self.saved != self.position:
-            self.save()
-        samples = self.sample()
-        heldout = self.evaluate()
-        self.saver.wait()
-        self.checkpoint = self.saver.committed or self.checkpoint
-        if self.group.rank == 0:
-            uri = f"{self.store.uri}/{self.checkpoint.folder.rstrip('/')}" if self.checkpoint else None
-            self.report(
-                {"event": "result", "images": self.position, "samples": samples, "heldout": heldout, "checkpoint": uri}
-            )
-
-    def say(self, kind: str, text: str) -> None:
-        if self.group.rank == 0:
-            log.info("%s: %s", kind, text)
-            self.tracker.event(self.position, kind, text)
+def identity_of(trainee: Trainee, attempt: int) -> RunIdentity:
+    """What every manifest of this attempt says alike."""
+    config, group = trainee.config, trainee.group
+    return RunIdentity(
+        run=config.run,
+        attempt=attempt,
+        rank=group.rank,
+        world_size=group.world_size,
+        zero_stage=config.zero.stage,
+        parameters={name: size for engine in trainee.engines.values() for name, size in engine.parameter_sizes.items()},
+        config=config.model_dump(mode="json"),
+        code_version=metadata.version("glidepath"),
+    )

@@ -20,7 +20,7 @@ from data_pipeline.draws import Draws
 from data_pipeline.errors import UserError
 from data_pipeline.storage import open_store
 from trainer.checkpoint.load import fill, refuse_other_model
-from trainer.checkpoint.manifest import CheckpointName, Manifest, committed, read_manifest, split_checkpoint_uri
+from trainer.checkpoint.manifest import CheckpointName, committed, read_manifest, split_checkpoint_uri
 from trainer.checkpoint.parts import CheckpointDamaged
 from trainer.config import SamplingSettings, TrainConfig
 from trainer.engine.engine import Interval
@@ -77,12 +77,6 @@ def _locate(uri: str) -> tuple[str, CheckpointName]:
     if not names:
         raise UserError(f"run store {uri}", "a committed checkpoint", "none", "give a checkpoint URI or another run")
     return uri, names[0]
-
-
-def manifest_of(uri: str) -> Manifest:
-    """The manifest of a checkpoint URI (or of a run's newest). Raises CheckpointDamaged, UserError."""
-    store_uri, name = _locate(uri)
-    return read_manifest(open_store(store_uri), name.manifest_key)
 
 
 def draw_images(

@@ -77,7 +77,7 @@ def test_a_corpus_is_built_inspected_and_verified(cli: Cli, picture_folder: Path
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     code, verdict, _ = cli("corpus", "verify", str(tmp_path / "out"))
-    assert code == 1 and not verdict["ok"]
+    assert code == 1 and not verdict["ok"] and shard.name in verdict["error"]
     assert any(shard.name in bad["part"] and bad["expected"] != bad["found"] for bad in verdict["bad"])
 
 
@@ -93,6 +93,7 @@ def test_checkpoints_are_listed_verified_and_sampled_from(cli: Cli, train_values
     arguments = ["--prompt", "a cat", "--prompt", "a dog", "--spacing", "3", "--out", str(out)]
     code, drawn, _ = cli("sample", listed[1]["uri"], *arguments)
     assert code == 0 and drawn["checkpoint"] == listed[1]["uri"]
+    assert "spacing" in refused(cli, 2, "sample", listed[1]["uri"], "--prompt", "a cat", "--spacing", "2000")
     assert [Path(path).name for path in drawn["images"]] == ["0000.png", "0001.png"] and Path(
         drawn["samples"]
     ).is_file()
@@ -119,6 +120,10 @@ def test_plan_counts_what_training_would_build(cli: Cli) -> None:
         (["train", "tiny", "imags=3"], "key imags: .* did you mean images"),
         (["train", "tiny", "model.widht=3"], r"key model\.widht: .* did you mean"),
         (["train", "tiny", "model.image_size=65"], "key model: expected image_size divisible by"),
+        (["train", "tiny", "samples={sampling: {spacing: '2000'}}"], "steps|spacing"),
+        (["train", "tiny", "model.low_resolution=16"], "model.low_resolution for glide_upsampler only"),
+        (["train", "tiny", "model.image_size=128"], "model.image_size of at most the stored 64"),
+        (["train", "demo-upsampler", "samples.prompts=[a cat]"], "no samples.prompts"),
         (["train", "no-such-preset"], "presets are: .*tiny"),
         (["corpus", "build", "photos", "inputs=[{kind: zip, uri: x}]"], "key inputs.0.kind"),
         (["trian", "tiny"], "trian"),
@@ -209,6 +214,30 @@ def test_a_run_of_which_no_checkpoint_verifies_does_not_start_again_from_nothing
         manifest.write_bytes(manifest.read_bytes().replace(b'"attempt":1', b'"attempt":2'))
     with pytest.raises(UserError, match="expected a checkpoint that verifies, found 1 that do not"):
         train_here({**values, "images": 32})
+
+
+def test_a_run_goes_on_after_it_was_moved_and_after_settings_were_added_to_the_models(
+    train_values: Values, tmp_path: Path
+) -> None:
+    values = train_values(images=16)
+    train_here(values)
+    first = Path(values["store"], "attempts", "00001.json")
+    record = json.loads(first.read_text())
+    del record["config"]["model"]["norm_groups"]  # as an older Glidepath, without that setting, wrote it
+    first.write_text(json.dumps(record))
+    moved = tmp_path / "moved"
+    shutil.move(values["store"], moved)
+    (*_, result) = train_here({**values, "images": 32, "store": str(moved)})
+    assert result["images"] == 32 and result["checkpoint"].startswith(str(moved))
+
+
+def test_a_finished_run_started_again_with_other_tracking_says_that_it_is_finished(
+    train_values: Values, tmp_path: Path
+) -> None:
+    values = train_values(images=16)
+    train_here(values)
+    (*_, result) = train_here({**values, "tracking": {"uri": str(tmp_path / "elsewhere")}})
+    assert result["images"] == 16 and result["checkpoint"].endswith("images-000000016/attempt-1")
 
 
 def test_an_unknown_run_is_refused(cli: Cli) -> None:

@@ -68,9 +68,9 @@ def test_a_row_holds_the_picture_and_caption_of_one_record(tmp_path: Path, two_t
             captions.add(base["caption"][row].as_py())
             source = images.decode(make_jpeg(int(base["caption"][row].as_py().split()[-1])))
             small = np.array(base["image64"][row].as_py(), np.uint8).reshape(64, 64, 3)
-            np.testing.assert_array_equal(small, images.centre_crop_resize(source, 64))
+            np.testing.assert_array_equal(small, images.area_resize(images.centre_crop(source), 64))
             large = images.decode_stored(upsampler["image256"][row].as_buffer()).astype(int)
-            assert np.abs(large - images.centre_crop_resize(source, 256)).mean() < 3
+            assert np.abs(large - images.area_resize(images.centre_crop(source), 256)).mean() < 3
     assert captions == {f"Picture number {number}" for number in range(30)}
 
 

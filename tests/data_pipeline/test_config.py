@@ -44,6 +44,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one(tmp_path: Path, ov
         parse(Outer, read_values(path, [override]), "top")
 
 
+def test_a_quoted_number_stays_text_and_a_bare_exponent_is_a_number(tmp_path: Path) -> None:
+    values = read_values(write(tmp_path, "top.yaml", "run: '1e3'\nlr: 1e-4\nbig: 2E+5\nname: 1e-4x\n"))
+    assert values == {"run": "1e3", "lr": 1e-4, "big": 2e5, "name": "1e-4x"}
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [

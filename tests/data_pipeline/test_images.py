@@ -139,13 +139,13 @@ def test_a_jpeg_cut_anywhere_in_its_pixels_is_refused() -> None:
 def test_the_area_filter_gives_the_mean_of_the_covered_area() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     means = picture.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
-    assert np.abs(images.to_64(picture) - means).max() <= 0.5
+    assert np.abs(images.area_resize(picture, 64) - means).max() <= 0.5
 
 
 def test_the_crop_is_square_and_centred() -> None:
-    cropped = images.centre_crop_resize(PICTURE, 96)
+    cropped = images.area_resize(images.centre_crop(PICTURE), 96)
     np.testing.assert_array_equal(cropped, PICTURE[:, 16:112])
-    assert images.centre_crop_resize(PICTURE, 256).shape == (256, 256, 3)
+    assert images.area_resize(images.centre_crop(PICTURE), 256).shape == (256, 256, 3)
 
 
 def test_a_stored_picture_comes_back_nearly_equal() -> None:
@@ -159,5 +159,5 @@ def test_a_reduced_decode_gives_nearly_the_same_stored_picture() -> None:
     data = saved(Image.fromarray(smooth), "JPEG", quality=95)
     reduced = images.decode(data, enough_side=512)
     assert reduced.shape == (600, 800, 3)
-    full = images.centre_crop_resize(images.decode(data), 256).astype(int)
-    assert np.abs(images.centre_crop_resize(reduced, 256) - full).mean() < 1
+    full = images.area_resize(images.centre_crop(images.decode(data)), 256).astype(int)
+    assert np.abs(images.area_resize(images.centre_crop(reduced), 256) - full).mean() < 1

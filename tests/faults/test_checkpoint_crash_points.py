@@ -56,8 +56,8 @@ def restored_position(store: LocalStore) -> int:
     found = restore_newest(store, Group(), wanted, {"net/w": SIZE}, DATASET)
     assert found is not None
     for interval in wanted:
-        assert interval.values.tolist() == [float(found[0].position)] * SIZE
-    return found[0].position
+        assert interval.values.tolist() == [float(found.name.position)] * SIZE
+    return found.name.position
 
 
 def orphans(store: LocalStore) -> set[str]:

@@ -20,9 +20,9 @@ from trainer.engine.engine import KINDS
 from trainer.engine.group import Group
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.guard import Decision
-from trainer.loop import Trainee, only_trained, train_step
 from trainer.recipes import parse_train_config
 from trainer.recipes.recipe import Batch, Phase
+from trainer.step import Trainee, only_trained, train_step
 
 Values = Callable[..., dict[str, Any]]
 

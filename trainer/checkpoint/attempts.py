@@ -28,7 +28,12 @@ def take_attempt(store: ObjectStore, record: dict[str, Any]) -> int:
 
 def newest_attempt(store: ObjectStore) -> int:
     """The highest attempt so far, 0 if none."""
-    return max((int(info.key[len(ATTEMPTS) : -len(".json")]) for info in store.list(ATTEMPTS)), default=0)
+    return max((number_of(info.key) for info in store.list(ATTEMPTS)), default=0)
+
+
+def number_of(key: str) -> int:
+    """The attempt whose record has this key."""
+    return int(key[len(ATTEMPTS) : -len(".json")])
 
 
 def first_record_key(store: ObjectStore) -> str | None:

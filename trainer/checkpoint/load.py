@@ -25,6 +25,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Restored:
+    """The checkpoint that was loaded, and a line for each newer one that this rank found damaged."""
+
+    name: CheckpointName
+    manifest: Manifest
+    passed_over: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Read:
     """Bytes [begin, end) of part number `part` go to elements from `at` of wanted interval number `wanted`."""
 
@@ -99,13 +108,13 @@ def refuse_other_dataset(manifest: Manifest, dataset_id: str, uri: str) -> None:
 
 def restore_newest(
     store: ObjectStore, group: Group, wanted: Sequence[Interval], parameters: dict[str, int], dataset_id: str
-) -> tuple[CheckpointName, Manifest] | None:
+) -> Restored | None:
     """Fill `wanted` from the newest checkpoint that verifies on all ranks; None if the run has none yet.
 
     Raises UserError if the model or dataset is another one, or if there are checkpoints and none verifies.
     """
     names = [CheckpointName(*pair) for pair in group.broadcast([(n.position, n.attempt) for n in committed(store)])]
-    damage: str | None = None
+    passed_over: list[str] = []
     for number, name in enumerate(names):
         manifest: Manifest | None = None
         try:
@@ -114,17 +123,17 @@ def restore_newest(
             refuse_other_dataset(manifest, dataset_id, f"{store.uri}/{name.folder}")
             fill(store, name, manifest, wanted)
         except CheckpointDamaged as error:
-            damage = f"checkpoint {name}: {error}"
             following = f"trying {names[number + 1]}" if number + 1 < len(names) else "no older one is left"
-            log.warning("%s; %s", damage, following)
+            passed_over.append(f"checkpoint {name}: {error}; {following}")
+            log.warning(passed_over[-1])
             manifest = None
         if group.all_agree(manifest is not None) and manifest is not None:
-            return name, manifest
+            return Restored(name, manifest, tuple(passed_over))
     if names:
         raise UserError(
             f"run store {store.uri}",
             "a checkpoint that verifies",
-            f"{len(names)} that do not; the oldest: {damage}",
+            f"{len(names)} that do not ({passed_over[-1]})",
             "restore the store from a copy, or start another run",
         )
     return None

@@ -156,12 +156,18 @@ class Saver:
             self._error = error
 
     def _store(self, position: int, snapshot: list[Interval], state: dict[str, Any]) -> None:
+        name = CheckpointName(position, self.identity.attempt)
         try:
             upload_share(self.store, self.identity, position, snapshot)
+            if self.identity.rank == 0:
+                self.committed = commit(self.store, self.identity, position, state, RECEIPT_DEADLINE_S)
         except OSError as error:
-            # Tell rank 0 rather than let it wait out its deadline.
-            name = CheckpointName(position, self.identity.attempt)
-            self.store.put(_receipt_key(name, self.identity.rank), [canonical_json({"error": str(error)})])
+            self._tell_rank_0(name, error)
             raise SaveFailed(name, f"the part of rank {self.identity.rank} in the store", str(error)) from error
-        if self.identity.rank == 0:
-            self.committed = commit(self.store, self.identity, position, state, RECEIPT_DEADLINE_S)
+
+    def _tell_rank_0(self, name: CheckpointName, error: OSError) -> None:
+        """So that it need not wait out its deadline. The store may well refuse this too: then it does wait."""
+        try:
+            self.store.put(_receipt_key(name, self.identity.rank), [canonical_json({"error": str(error)})])
+        except OSError as second:
+            log.warning("rank %d could not store its error either: %s", self.identity.rank, second)

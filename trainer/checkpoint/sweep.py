@@ -7,7 +7,7 @@ manifest that cannot be read keeps its whole folder.
 from __future__ import annotations
 
 from data_pipeline.storage import ObjectStore
-from trainer.checkpoint.attempts import ATTEMPTS
+from trainer.checkpoint.attempts import ATTEMPTS, number_of
 from trainer.checkpoint.manifest import CHECKPOINTS, CheckpointName, committed, name_of_key, read_manifest
 from trainer.checkpoint.parts import CheckpointDamaged
 
@@ -25,14 +25,14 @@ def sweep(store: ObjectStore, attempt: int) -> int:
             store.delete(info.key)
             swept += 1
 
-    def lower(key: str) -> bool:
+    def ours_to_take(key: str) -> bool:
         name = name_of_key(key)
-        return name is not None and name.attempt < attempt
+        if name is not None:
+            return name.attempt < attempt
+        # A driver that starts right now writes the record of a higher attempt.
+        return not key.startswith(ATTEMPTS) or number_of(key) <= attempt
 
-    def taken(key: str) -> bool:
-        return int(key[len(ATTEMPTS) : -len(".json")]) <= attempt
-
-    return swept + store.sweep_uploads(CHECKPOINTS, lower) + store.sweep_uploads(ATTEMPTS, taken)
+    return swept + store.sweep_uploads("", ours_to_take)
 
 
 def _files_of(store: ObjectStore, name: CheckpointName) -> frozenset[str] | None:

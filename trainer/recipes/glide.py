@@ -11,19 +11,23 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.config import Settings
 from data_pipeline.draws import Draws
+from data_pipeline.errors import UsageError
 from data_pipeline.tokenizer import encode_batch, mask_of
 from trainer.config import SamplingSettings, TrainConfig
 from trainer.diffusion.gaussian import Diffusion
 from trainer.diffusion.losses import hybrid_loss
+from trainer.diffusion.respacing import spaced_timesteps
 from trainer.diffusion.samplers import ancestral_sample, ddim_sample, guided
 from trainer.models.config import GlideModelConfig
 from trainer.models.glide import Glide
 from trainer.recipes.recipe import Batch, Losses, Pixels
+
+STORED_SIDE = {"glide_base": 64, "glide_upsampler": 256}  # pixels of the dataset's columns
 
 
 class DiffusionSettings(Settings):
@@ -38,7 +42,22 @@ class GlideConfig(TrainConfig):
 
     model: GlideModelConfig
     diffusion: DiffusionSettings = DiffusionSettings()
+    activation_checkpointing: bool = (
+        False  # recompute blocks in the backward pass: less memory, a third more arithmetic
+    )
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0  # chance of an empty caption; 1: a text-free model
+
+    @model_validator(mode="after")
+    def _fits_recipe(self) -> GlideConfig:
+        upsampler, largest = self.recipe == "glide_upsampler", STORED_SIDE[self.recipe]
+        if upsampler != (self.model.low_resolution is not None):
+            raise ValueError(f"model.low_resolution for glide_upsampler only, found {self.model.low_resolution}")
+        if self.model.image_size > largest:
+            raise ValueError(f"model.image_size of at most the stored {largest}, found {self.model.image_size}")
+        if upsampler and self.samples.prompts:
+            raise ValueError("no samples.prompts: an upsampler starts from pictures, its grid shows held-out rows")
+        spaced_timesteps(self.diffusion.steps, self.samples.sampling.spacing)
+        return self
 
     def for_evaluation(self) -> GlideConfig:
         # A text-free model is judged as it was trained: without captions.
@@ -63,6 +82,13 @@ def caption_tensors(tokens: NDArray[np.uint16], n_tokens: NDArray[np.integer], c
         "tokens_BL": torch.from_numpy(tokens[:, :context].astype(np.int64)),
         "mask_BL": torch.from_numpy(mask_of(n_tokens, context)),
     }
+
+
+def build_glide(config: GlideConfig) -> Glide:
+    """The network of a configuration, with its own initialisation."""
+    model = Glide(config.model, config.dropout)
+    model.activation_checkpointing = config.activation_checkpointing
+    return model
 
 
 class GlideDiffusion:
@@ -106,7 +132,10 @@ class GlideDiffusion:
     def sample(self, model: Glide, conditions: Batch, draws: Draws, settings: SamplingSettings) -> Pixels:
         """From noise to pixels, guided away from the empty caption."""
         size = self.config.model.image_size
-        process = self.process.respaced(settings.spacing)
+        try:
+            process = self.process.respaced(settings.spacing)
+        except ValueError as error:
+            raise UsageError("sampling spacing", "steps such as 50 or 10,10,3,2,2", str(error), "correct it") from None
         start = torch.from_numpy(draws.normal("start", (3, size, size))) * settings.noise_temperature
 
         def noise(step: int) -> Tensor:

@@ -12,7 +12,7 @@ from data_pipeline.images import area_resize
 from data_pipeline.loader import Column, Rows
 from trainer.config import SamplingSettings
 from trainer.models.glide import Glide
-from trainer.recipes.glide import GlideConfig, GlideDiffusion, to_model_range
+from trainer.recipes.glide import GlideConfig, GlideDiffusion, build_glide, to_model_range
 from trainer.recipes.recipe import Batch, Losses, Part, Phase, Pixels
 
 
@@ -25,7 +25,7 @@ class GlideBase:
         self.config, self.diffusion = config, GlideDiffusion(config)
 
     def parts(self) -> dict[str, Part]:
-        return {"base": Part(build=lambda: Glide(self.config.model, self.config.dropout))}
+        return {"base": Part(build=lambda: build_glide(self.config))}
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("base", ("total", "mse", "vb"), self._loss),)

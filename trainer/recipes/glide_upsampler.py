@@ -12,7 +12,7 @@ from data_pipeline.images import area_resize, decode_stored
 from data_pipeline.loader import Column, Rows
 from trainer.config import SamplingSettings
 from trainer.models.glide import Glide
-from trainer.recipes.glide import GlideConfig, GlideDiffusion, to_model_range
+from trainer.recipes.glide import GlideConfig, GlideDiffusion, build_glide, to_model_range
 from trainer.recipes.recipe import Batch, Losses, Part, Phase, Pixels
 
 
@@ -26,7 +26,7 @@ class GlideUpsampler:
         self.config, self.diffusion = config, GlideDiffusion(config)
 
     def parts(self) -> dict[str, Part]:
-        return {"upsampler": Part(build=lambda: Glide(self.config.model, self.config.dropout))}
+        return {"upsampler": Part(build=lambda: build_glide(self.config))}
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("upsampler", ("total", "mse", "vb"), self._loss),)

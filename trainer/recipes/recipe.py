@@ -26,7 +26,7 @@ Losses = Mapping[str, Tensor]  # terms per sample, each [b] float32; "total" is 
 
 @dataclass(frozen=True)
 class Part:
-    """One network, and whether it is optimised."""
+    """One network; `build` makes it with its own initialisation, from torch's seed."""
 
     build: Callable[[], nn.Module]
 

@@ -18,8 +18,6 @@ METRICS = "metrics.jsonl"
 class JsonlTracker:
     """See Tracker. Non-finite values become events, since JSON has no number for them."""
 
-    run_id: str | None = None
-
     def __init__(self, folder: Path, attempt: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.attempt = attempt

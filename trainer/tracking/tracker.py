@@ -9,8 +9,6 @@ from typing import Protocol
 class Tracker(Protocol):
     """Curves over images, and events. A tracker never raises into the loop once it is open."""
 
-    run_id: str | None  # of the tracking server, where there is one
-
     def log(self, images: int, values: Mapping[str, float]) -> None:
         """One point per name, after `images` images."""
 
@@ -22,8 +20,6 @@ class Tracker(Protocol):
 
 class NoTracker:
     """For ranks other than 0."""
-
-    run_id: str | None = None
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
         pass

@@ -1,0 +1,106 @@
+"""The training step: forward, backward, update (which asks the guard), ema; once per phase of the recipe.
+
+Always holds: it knows no recipe, engine, store or tracker by name; losses are summed per sample and divided by the
+global batch, so the number of workers changes nothing but the order of additions; everything it decides follows from
+the position and from numbers that are equal on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.draws import key64
+from data_pipeline.errors import UserError
+from data_pipeline.loader import MicroBatch
+from trainer.config import TrainConfig, lr_at
+from trainer.ema import ema_decay_at, update_ema
+from trainer.engine.engine import Engine
+from trainer.engine.group import Group
+from trainer.guard import Decision, GuardHistory, judge
+from trainer.recipes.recipe import Phase, Recipe
+
+
+@dataclass
+class Trainee:
+    """What training changes: an engine and a guard history per part."""
+
+    recipe: Recipe
+    config: TrainConfig
+    group: Group
+    engines: dict[str, Engine]
+    guards: dict[str, GuardHistory] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        return {name: engine.module for name, engine in self.engines.items()}
+
+
+def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: int) -> dict[str, float | str]:
+    """One update of every phase on the global batch that starts at `position`.
+
+    Returns figures to log, equal on all ranks; a refused update adds `skipped`: its reason. Raises UserError when the
+    guard halts the run.
+    """
+    figures: dict[str, float | str] = {}
+    lr = lr_at(position, trainee.config.lr, trainee.config.warmup_images)
+    for phase in trainee.recipe.phases():
+        engine = trainee.engines[phase.part]
+        with only_trained(trainee.engines, phase.part):
+            sums = accumulate(trainee, phase, engine, micro_batches)
+        losses = dict(zip(phase.terms, (trainee.group.sum_(sums) / trainee.config.batch).tolist(), strict=True))
+        seen: dict[str, float | str] = {}
+
+        def guard(norm: float, part: str = phase.part, loss: float = losses["total"], seen: dict = seen) -> Decision:
+            history = trainee.guards.get(part, GuardHistory())
+            verdict = judge(history, loss, norm, trainee.config.guard)
+            trainee.guards[part] = verdict.history
+            seen["grad_norm"] = norm
+            if verdict.reason:
+                seen["skipped"] = verdict.reason
+            return verdict.decision
+
+        updates = engine.optimizer_steps()
+        decision = engine.update(lr, guard)
+        if decision is Decision.CONTINUE:
+            update_ema(engine.shard_view(), ema_decay_at(updates, trainee.config.ema))
+        elif decision is Decision.HALT:
+            raise UserError(
+                f"run {trainee.config.run}, part {phase.part}, at {position} images",
+                f"fewer than {trainee.config.guard.halt_after} refused updates in a row",
+                f"that many, the last because {seen['skipped']}",
+                "look at the curves before it; the checkpoints before it stand",
+            )
+        figures.update({f"loss/{name}": value for name, value in losses.items()}, **seen)
+    return {**figures, "lr": lr}
+
+
+def accumulate(trainee: Trainee, phase: Phase, engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Backward of every micro batch; this rank's sum of each loss term, float64 [terms]."""
+    sums = torch.zeros(len(phase.terms), dtype=torch.float64)
+    for micro in micro_batches:
+        if micro.batch is None:  # this rank's share is used up
+            continue
+        torch.manual_seed(key64("dropout", trainee.config.seed, int(micro.positions[0]), trainee.group.rank))
+        with engine.precision_context():
+            losses = phase.loss(trainee.modules, micro.batch, micro.draws)
+        engine.backward(losses["total"].sum() / trainee.config.batch)
+        sums += torch.stack([losses[name].detach().sum().double() for name in phase.terms])
+    return sums
+
+
+@contextmanager
+def only_trained(engines: Mapping[str, Engine], part: str) -> Iterator[None]:
+    """Inside, every part but `part` is frozen: no gradient reaches its parameters."""
+    others = [parameter for name, engine in engines.items() if name != part for parameter in engine.module.parameters()]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
