@@ -23,7 +23,7 @@ from data_pipeline.config import find_config, read_values, state_folder
 from data_pipeline.demo import GROUNDS
 from data_pipeline.errors import UserError
 from data_pipeline.shards import open_dataset
-from trainer.config import SamplingSettings, TrainConfig
+from trainer.config import TrainConfig
 from trainer.engine.group import Group
 from trainer.evaluation.heldout import heldout_loss
 from trainer.recipes import parse_train_config
@@ -32,7 +32,6 @@ from trainer.run import dataset_uri, store_uri
 from trainer.sampling import Trained, grid, png_bytes, two_stage
 
 BORDER = 4  # of 64 pixels: the ring in which a demo picture shows nothing but its ground
-SAMPLING = SamplingSettings(guidance_scale=3.0, spacing="50", sampler="ddim")
 
 
 def run_demo() -> dict[str, Any]:
@@ -46,7 +45,7 @@ def run_demo() -> dict[str, Any]:
     models = load_recipe(base["checkpoint"], "glide_base"), load_recipe(upsampler["checkpoint"], "glide_upsampler")
     shuffled = shuffled_loss(models[0])
     prompts = list(base_config.samples.prompts)
-    _, large = two_stage(*models, prompts, SAMPLING, seed=0)
+    _, large = two_stage(*models, prompts, base_config.samples.sampling, seed=0)
     samples = state_folder() / "demo" / "grid.png"
     samples.parent.mkdir(parents=True, exist_ok=True)
     samples.write_bytes(png_bytes(grid(large, prompts), {"checkpoint": base["checkpoint"]}))

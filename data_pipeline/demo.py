@@ -23,7 +23,6 @@ from data_pipeline.errors import UserError
 from data_pipeline.records import Record
 from data_pipeline.storage import canonical_json
 
-
 # Well separated in RGB. No black and no grey: OpenMoji's outlines and shadows would vanish in them.
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
