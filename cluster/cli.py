@@ -17,7 +17,7 @@ import typer
 
 from cluster.console import progress_bar, say, show
 from data_pipeline.config import find_config, read_values, state_folder
-from data_pipeline.errors import UsageError, UserError
+from data_pipeline.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Glidepath: the training system for GLIDE.")
 corpus_app = typer.Typer(no_args_is_help=True, help="Corpus to Arrow shards.")
@@ -33,28 +33,34 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Run = Annotated[str, typer.Argument(help="A run's store URI, or its name in the state folder.")]
 
 
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C. An exception, so that `finally` ends the workers; not one that a library handles."""
+
+
 def main() -> None:
     """The console script."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command; its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    # As an exception, so that `finally` ends the workers; the default would leave them to find out.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         return app(args=arguments, standalone_mode=False) or 0
     except UserError as error:
         return _fail(str(error), error.exit_code, arguments)
     except typer.TyperException as error:
         return _fail(" ".join(str(error).split()) or "expected a command, found none", 2, arguments)
-    except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 1, arguments)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    except OSError as error:
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1, arguments)
+    except (typer.Abort, Interrupted):
+        return _fail("interrupted; the same command goes on from what is committed", 1, arguments)
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:
@@ -184,9 +190,12 @@ def load_corpus_config(name: str, overrides: list[str] | None) -> Any:
 
 def run_store(run: str) -> str:
     """The store URI of a run given by URI or by name. Raises UserError if there is no such run."""
-    for candidate in (Path(run), state_folder() / "runs" / run):
-        if (candidate / "attempts").is_dir():
-            return str(candidate)
+    from data_pipeline.storage import open_store
+    from trainer.checkpoint.attempts import newest_attempt
+
+    for store in (open_store(run), open_store(str(state_folder() / "runs" / run))):
+        if newest_attempt(store):
+            return store.uri
     raise UserError(
         f"run {run}", f"a run's store, or a name in {state_folder() / 'runs'}", "neither", "check the URI or the name"
     )
@@ -205,4 +214,5 @@ def report_verification(bad: list[dict[str, Any]], as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-__all__ = ["UsageError", "app", "main"]
+if __name__ == "__main__":
+    main()

@@ -23,13 +23,16 @@ from data_pipeline.config import find_config, read_values, state_folder
 from data_pipeline.demo import GROUNDS
 from data_pipeline.errors import UserError
 from data_pipeline.shards import open_dataset
+from data_pipeline.storage import open_store
+from trainer.checkpoint.manifest import committed
 from trainer.config import TrainConfig
 from trainer.engine.group import Group
 from trainer.evaluation.heldout import heldout_loss
 from trainer.recipes import parse_train_config
 from trainer.recipes.recipe import Pixels
-from trainer.run import dataset_uri, store_uri
+from trainer.run import dataset_uri, store_uri, tracking_folder
 from trainer.sampling import Trained, grid, png_bytes, two_stage
+from trainer.tracking.jsonl import read_events
 
 BORDER = 4  # of 64 pixels: the ring in which a demo picture shows nothing but its ground
 
@@ -51,12 +54,13 @@ def run_demo() -> dict[str, Any]:
     samples.write_bytes(png_bytes(grid(large, prompts), {"checkpoint": base["checkpoint"]}))
 
     first, last = base["heldout"]["first"], base["heldout"]["last"]
-    followed = sum(border_colour(picture) in prompt.split() for picture, prompt in zip(large, prompts, strict=True))
+    followed = grounds_followed(large, prompts)
     checks = {
         "held-out mse, last / first": (last["mse"] / first["mse"], "<=", 0.2),
         "held-out mse, with captions / text-free twin": (last["mse"] / text_free["heldout"]["last"]["mse"], "<", 1.0),
         "held-out mse, shuffled / right captions": (shuffled["mse"] / last["mse"], ">=", 1.05),
-        "pictures at least demo size": (corpus["demo"]["rows"], ">=", 3000),
+        "images at which the killed run went on": (resumed_at(base_config), ">", 0),
+        "pictures in the corpus": (corpus["demo"]["rows"], ">=", 3000),
         "prompts whose ground colour was followed, of 8": (followed, ">=", 6),
     }
     report(corpus, {"base": base, "text-free twin": text_free, "upsampler": upsampler}, checks, samples)
@@ -83,8 +87,7 @@ def train(name: str, *overrides: str) -> dict[str, Any]:
 
 def train_with_a_kill(config: TrainConfig) -> dict[str, Any]:
     """Train; at the first start, end one worker with SIGKILL at half of the images, and start again as a user would."""
-    fresh = not Path(store_uri(config), "attempts").exists()
-    if fresh:
+    if not committed(open_store(store_uri(config))):
         pids: list[int] = []
         with progress_bar(config.run) as bar:
 
@@ -117,6 +120,17 @@ def shuffled_loss(base: Trained) -> dict[str, float]:
     return heldout_loss(base.config, base.modules, heldout, settings, Group(), captions="shuffled")
 
 
+def resumed_at(config: TrainConfig) -> int:
+    """Images consumed before the run was last resumed in the middle; 0 if it never was."""
+    events = read_events(tracking_folder(config), "resume")
+    return max((event["images"] for event in events if event["images"] < config.images), default=0)
+
+
+def grounds_followed(pictures: Pixels, prompts: list[str]) -> int:
+    """How many pictures [n, H, W, 3] have a border nearest to the ground that their prompt names (last word but 1)."""
+    return sum(border_colour(picture) == prompt.split()[-2] for picture, prompt in zip(pictures, prompts, strict=True))
+
+
 def border_colour(picture: Pixels) -> str:
     """The name of the ground that the picture's border is nearest to, in RGB. `picture` uint8 [H, W, 3]."""
     width = max(1, BORDER * len(picture) // 64)
@@ -124,6 +138,11 @@ def border_colour(picture: Pixels) -> str:
     inner[width:-width, width:-width] = True
     mean = picture[~inner].mean(axis=0)
     return min(GROUNDS, key=lambda name: float(np.square(mean - np.array(GROUNDS[name])).sum()))
+
+
+def speed(run: dict[str, Any]) -> str:
+    """Images per second of a run that trained just now."""
+    return f"{run['images_per_s']:.1f}" if run["images_per_s"] else "-"
 
 
 def report(
@@ -134,14 +153,14 @@ def report(
         funnel = summary["funnel"]
         say(f"funnel {name}: in {funnel['in']}, out {funnel['out']}, dropped {funnel['dropped'] or 0}")
     for name, run in runs.items():
-        say(f"{name}: {run['images']} images, {run['images_per_s'] or 0:.1f} images/s, {run['checkpoint']}")
+        say(f"{name}: {run['images']} images, {speed(run)} images/s, {run['checkpoint']}")
         for when in ("first", "last"):
             losses = "  ".join(f"{term} {value:.4f}" for term, value in run["heldout"][when].items())
             say(f"  held-out loss, {when}: {losses}")
         say(f"  grid: {run['samples']}")
     failed = []
     for name, (value, relation, limit) in checks.items():
-        good = {"<=": value <= limit, "<": value < limit, ">=": value >= limit}[relation]
+        good = {"<=": value <= limit, "<": value < limit, ">=": value >= limit, ">": value > limit}[relation]
         say(f"{'ok  ' if good else 'FAIL'} {name}: {value:.4g} ({relation} {limit:g})")
         failed += [] if good else [name]
     say(f"pictures of both stages: {samples}")

@@ -7,6 +7,7 @@ line and the demo.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,11 @@ def launch_local(values: dict[str, Any], attempt: int, workers: int, on_event: C
         try:
             on_event({"event": "started", "pids": [process.pid for process in processes]})
             return _supervise(processes, on_event)
+        except WorkerDied:
+            raise
+        except UserError:
+            _wait(processes, END_GRACE_S)  # what one worker refused, the others do too, once their saves are done
+            raise
         finally:
             _end(processes)
 
@@ -54,6 +61,7 @@ def _start(spec: Path, rank: int, workers: int) -> subprocess.Popen[str]:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a trainer.py in the user's folder is not ours (Python 3.11 and later)
     }
     # stdin is never written to: its end tells the worker that this process is gone, however it went.
     command = [sys.executable, "-m", "cluster.worker", str(spec), str(rank), str(workers)]
@@ -84,10 +92,14 @@ def _supervise(processes: list[subprocess.Popen[str]], on_event: Callable[[Event
 
 def _read_events(rank: int, process: subprocess.Popen[str], events: queue.Queue[tuple[int, Event | None]]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        events.put((rank, json.loads(line)))
-    process.wait()
-    events.put((rank, None))
+    try:
+        for line in process.stdout:
+            events.put((rank, json.loads(line)))
+    except ValueError:
+        process.kill()  # it died in the middle of a line, or something else wrote there
+    finally:
+        process.wait()
+        events.put((rank, None))
 
 
 def _refuse_bad_end(rank: int, process: subprocess.Popen[str]) -> None:
@@ -104,11 +116,16 @@ def _refuse_bad_end(rank: int, process: subprocess.Popen[str]) -> None:
 
 def _end(processes: list[subprocess.Popen[str]]) -> None:
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
+    _wait(processes, END_GRACE_S)
     for process in processes:
-        try:
-            process.wait(END_GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
+
+
+def _wait(processes: list[subprocess.Popen[str]], seconds: float) -> None:
+    """Until all have ended, or that long."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))

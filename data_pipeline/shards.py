@@ -163,8 +163,9 @@ def write_shard(
 
 
 def read_shard_manifest(store: ObjectStore, dataset_id: str, family: Family, index: int) -> Document | None:
-    """The manifest of a shard that is committed already, or None."""
-    return manifests.read(store, f"datasets/{dataset_id}/{family.name}/{shard_name(index)}.json")
+    """The manifest of a shard that is committed already, or None; also None when its data is gone, to be rewritten."""
+    key = f"datasets/{dataset_id}/{family.name}/{shard_name(index)}"
+    return manifests.read(store, f"{key}.json") if store.exists(f"{key}.arrow") else None
 
 
 def commit_family(store: ObjectStore, dataset_id: str, family: Family, shards: list[Document]) -> Document:

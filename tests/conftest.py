@@ -30,6 +30,7 @@ TINY_MODEL = {
 @pytest.fixture(autouse=True)
 def state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test writes into the working folder."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GLIDEPATH_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

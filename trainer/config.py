@@ -93,7 +93,7 @@ class TrainConfig(Settings):
     seed: int = 0
     batch: Positive  # global batch: images per update, at every world size
     micro_batch: Literal["auto"] | Positive = "auto"
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     warmup_images: Annotated[int, Field(ge=0)] = 0
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8

@@ -7,7 +7,6 @@ rank does it at the same step. Called by `trainer.run`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ from trainer.guard import GuardHistory
 from trainer.metrics import StepTimer
 from trainer.sampling import draw_images, grid, png_bytes
 from trainer.step import Trainee, train_step
+from trainer.tracking.jsonl import append_line
 from trainer.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class TrainingLoop:
         """Continue from the newest checkpoint that verifies, or start at 0."""
         engines = self.trainee.engines
         wanted = [interval for engine in engines.values() for interval in engine.wanted()]
-        found = restore_newest(self.store, self.group, wanted, self.saver.identity.parameters, self.dataset.id)
+        found = restore_newest(self.store, self.group, wanted, self.saver.identity.parameters, self.order.state(0))
         if found is None:
             return
         name, manifest = found.name, found.manifest
@@ -136,16 +136,14 @@ class TrainingLoop:
         ids = self.group.sum_(ids)
         if self.group.rank == 0:
             ids_in_order = ids.numpy().view("uint64").tolist()
-            with self.consumed.open("a") as file:
-                file.write(
-                    json.dumps({"attempt": self.saver.identity.attempt, "position": start, "ids": ids_in_order}) + "\n"
-                )
+            line = {"attempt": self.saver.identity.attempt, "position": start, "ids": ids_in_order}
+            append_line(self.consumed, line)
 
     def save(self) -> None:
         position = self.position
         view = [interval for engine in self.trainee.engines.values() for interval in engine.shard_view()]
         with self.timer.section("save"):
-            self.saver.save(
+            failed = self.saver.save(
                 position,
                 view,
                 {
@@ -155,6 +153,8 @@ class TrainingLoop:
                 },
             )
         self.saved = position
+        if failed:
+            self.say("save-failed", str(failed))
 
     def sample(self) -> str | None:
         """A grid of EMA samples in the store; its key. A collective call; rank 0 draws."""
@@ -168,7 +168,11 @@ class TrainingLoop:
                 )
                 key = f"samples/images-{self.position:09d}-ema.png"
                 about = {"run": self.config.run, "images": str(self.position)}
-                self.store.put(key, [png_bytes(grid(drawn, prompts), about)])
+                try:
+                    self.store.put(key, [png_bytes(grid(drawn, prompts), about)])
+                except OSError as error:
+                    self.say("samples-failed", f"{key}: {error}")
+                    return None
                 self.say("samples", key)
         return key
 

@@ -6,7 +6,6 @@ on from the newest checkpoint that verifies. Called by a launcher's worker proce
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 from data_pipeline.config import state_folder
 from data_pipeline.draws import key64
 from data_pipeline.errors import UserError
+from data_pipeline.order import SampleOrder
 from data_pipeline.shards import open_dataset
 from data_pipeline.storage import open_store
-from trainer.checkpoint.attempts import first_record_key, take_attempt
+from trainer.checkpoint.attempts import first_record_key, read_record, take_attempt
 from trainer.checkpoint.save import RunIdentity, Saver
 from trainer.checkpoint.sweep import sweep
 from trainer.config import TrainConfig, refuse_changed_keys
@@ -40,8 +40,8 @@ def store_uri(config: TrainConfig) -> str:
 
 
 def dataset_uri(name: str) -> str:
-    """A dataset's URI: a plain name means that dataset in the state folder, anything else is a URI already."""
-    return name if "/" in name or Path(name).exists() else str(state_folder() / DATASETS / name)
+    """A dataset's URI: a name without a slash is a dataset of the state folder, anything else is a URI already."""
+    return name if "/" in name else str(state_folder() / DATASETS / name)
 
 
 def tracking_folder(config: TrainConfig) -> Path:
@@ -52,14 +52,15 @@ def tracking_folder(config: TrainConfig) -> Path:
 def prepare_run(config: TrainConfig) -> int:
     """In the driver, before any worker starts: refuse what cannot go on, take an attempt, sweep. Returns the attempt.
 
-    Raises UserError when the dataset does not open, or the store is of another run or its frozen keys differ.
+    Raises UserError when the data cannot serve the run, or the store is of another run or its frozen keys differ. All
+    of that comes before the attempt, whose record freezes the configuration.
     """
-    open_dataset(dataset_uri(config.dataset))
+    refuse_unusable_data(config)
     store = open_store(store_uri(config))
     first = first_record_key(store)
     if first is not None:
         # Through the models of today, so that a setting added since counts with its default.
-        began = parse_train_config(json.loads(store.get(first))["config"], f"run {config.run} as it began")
+        began = parse_train_config(read_record(store, first)["config"], f"run {config.run} as it began")
         if began.run != config.run:
             raise UserError(
                 f"run store {store.uri}", f"run {began.run}", f"run {config.run}", "give this run a store of its own"
@@ -68,6 +69,15 @@ def prepare_run(config: TrainConfig) -> int:
     attempt = take_attempt(store, {"config": config.model_dump(mode="json")})
     sweep(store, attempt)
     return attempt
+
+
+def refuse_unusable_data(config: TrainConfig) -> None:
+    """Raise UserError if a dataset does not open, lacks a family that the recipe reads, or is too small."""
+    dataset = open_dataset(dataset_uri(config.dataset))
+    SampleOrder(dataset.id, dataset.shard_rows, config.seed, config.batch)
+    for uri in (config.dataset, *([config.heldout.dataset] if config.heldout else [])):
+        for column in make_recipe(config).columns:
+            open_dataset(dataset_uri(uri)).family_manifest(column.family)
 
 
 def train(values: dict[str, Any], attempt: int, group: Group, report: Report) -> None:
@@ -80,12 +90,13 @@ def train(values: dict[str, Any], attempt: int, group: Group, report: Report) ->
     folder = tracking_folder(config)
     tracker: Tracker = JsonlTracker(folder, attempt) if group.rank == 0 else NoTracker()
     consumed = folder / CONSUMED if config.tracking.consumed_ids else None
+    loop = TrainingLoop(trainee, dataset, heldout, saver, tracker, consumed, report)
+    loop.restore()
     try:
-        loop = TrainingLoop(trainee, dataset, heldout, saver, tracker, consumed, report)
-        loop.restore()
         loop.train()
-    finally:
-        tracker.close()
+    except UserError:
+        saver.settle()  # a save that had begun may still commit
+        raise
 
 
 def make_trainee(config: TrainConfig, group: Group) -> Trainee:

@@ -105,7 +105,7 @@ class LocalStore:
         return self.root.joinpath(*parts)
 
     def _write_temporary(self, path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(path.parent)
         temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
         try:
             self._write(temporary, chunks)
@@ -115,6 +115,13 @@ class LocalStore:
             temporary.unlink(missing_ok=True)
             raise
         return temporary
+
+    def _make_folder(self, folder: Path) -> None:
+        """A folder that a power cut does not take back: the entry of each new one is flushed in its parent."""
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for new in reversed(missing):
+            self._sync_folder(new.parent)
 
     def _write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         with path.open("xb") as file:

@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_dataset_or_model_is_refused_with_both_names(
     other = build_corpus(parse(CorpusConfig, {"inputs": inputs, "output": str(mine), "seed": 9}, "test"))
     with pytest.raises(UserError) as refusal:
         train_here({**values, "images": 32})
-    assert f"dataset {first[:12]}" in str(refusal.value) and f"dataset {other['dataset_id'][:12]}" in str(refusal.value)
+    assert f"expected dataset_id {first[:12]}, found dataset_id {other['dataset_id'][:12]}" in str(refusal.value)
     assert len(committed(LocalStore(Path(values["store"])))) == 1
 
 

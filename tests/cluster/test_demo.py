@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.demo import border_colour, preset, report
+from cluster.demo import border_colour, grounds_followed, preset, report
 from data_pipeline.demo import GROUNDS
 from data_pipeline.errors import UserError
 
@@ -18,6 +18,12 @@ def test_a_ground_is_recognised_from_the_border_whatever_stands_on_it(ground: st
     picture = np.clip(np.array(GROUNDS[ground]) + noise, 0, 255).astype(np.uint8)
     picture[10:54, 10:54] = 0
     assert border_colour(picture) == ground
+
+
+def test_only_the_ground_that_the_prompt_names_counts() -> None:
+    red, blue = (np.full((64, 64, 3), GROUNDS[name], np.uint8) for name in ("red", "blue"))
+    prompts = ["red apple on a blue ground", "red apple on a blue ground"]
+    assert grounds_followed(np.stack([red, blue]), prompts) == 1
 
 
 def test_the_prompts_of_the_demo_name_each_of_the_eight_grounds_once() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster.launch import Event, WorkerDied
 from cluster.training import train_run
@@ -115,7 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_position_committed_again(tr
 def test_training_needs_neither_ray_nor_mlflow_nor_any_other_service(
     train_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16 as well; the blocked imports reach the worker processes through their environment."""
+    """The command line and its workers, in bf16 as well; the block reaches them through their environment."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Block:\n"
@@ -125,8 +128,14 @@ def test_training_needs_neither_ray_nor_mlflow_nor_any_other_service(
         "sys.meta_path.insert(0, Block())\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    probe = subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, text=True, check=False)
+    assert "ray is blocked" in probe.stderr
     values = train_values("blocked", precision="bf16", samples={"prompts": ["a cat"], "sampling": {"spacing": "3"}})
-    result = run(values, workers=2)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "cluster.cli", "train", str(config), "launcher.workers=2", "--json"]
+    trained = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(trained.stdout)
     assert result["images"] == 64 and result["loss"] < 3
     assert Path(result["samples"]).read_bytes().startswith(b"\x89PNG")
 

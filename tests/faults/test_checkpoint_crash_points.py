@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from data_pipeline.errors import UserError
+from data_pipeline.order import OrderState
 from data_pipeline.storage import LocalStore
 from data_pipeline.storage.crash import Crashed, CrashPointStore
 from trainer.checkpoint.attempts import newest_attempt, take_attempt
@@ -40,8 +44,12 @@ def save(store: LocalStore, attempt: int, position: int) -> None:
         begin, end = SIZE * identity.rank // WORLD, SIZE * (identity.rank + 1) // WORLD
         values = torch.full((end - begin,), float(position))
         upload_share(store, identity, position, [Interval("net/w", kind, begin, values) for kind in KINDS])
-    order = {"dataset_id": DATASET}
-    commit(store, identities[0], position, {"optimizer_steps": {"net": 1}, "guard": {}, "order": order}, deadline_s=0)
+    state = {"optimizer_steps": {"net": 1}, "guard": {}, "order": dataclasses.asdict(order_at(position))}
+    commit(store, identities[0], position, state, deadline_s=0)
+
+
+def order_at(position: int) -> OrderState:
+    return OrderState(DATASET, "lanes", seed=0, batch=16, lanes=1, position=position)
 
 
 def attempt_and_save(store: LocalStore, position: int) -> None:
@@ -53,7 +61,7 @@ def attempt_and_save(store: LocalStore, position: int) -> None:
 def restored_position(store: LocalStore) -> int:
     """The position of the newest checkpoint, whose every element must be that number."""
     wanted = [Interval("net/w", kind, 0, torch.zeros(SIZE)) for kind in KINDS]
-    found = restore_newest(store, Group(), wanted, {"net/w": SIZE}, DATASET)
+    found = restore_newest(store, Group(), wanted, {"net/w": SIZE}, order_at(0))
     assert found is not None
     for interval in wanted:
         assert interval.values.tolist() == [float(found.name.position)] * SIZE
@@ -116,6 +124,61 @@ def test_a_sweep_touches_neither_its_own_attempt_nor_a_damaged_checkpoint(tmp_pa
     (tmp_path / CheckpointName(16, 1).manifest_key).write_bytes(b"{")
     store.put(CheckpointName(48, 2).folder + "part-00000-of-00002.safetensors", [b"being written"])
     assert sweep(store, 2) == 0
+
+
+class DisagreeingGroup(Group):
+    """This rank loads; another one does not, the first `times`."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def all_agree(self, good: bool) -> bool:
+        self.times -= 1
+        return good and self.times < 0
+
+
+def test_damage_that_only_another_rank_sees_makes_this_one_fall_back_too_and_say_so(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for position in (16, 32):
+        attempt_and_save(store, position)
+    wanted = [Interval("net/w", kind, 0, torch.zeros(SIZE)) for kind in KINDS]
+    found = restore_newest(store, DisagreeingGroup(1), wanted, {"net/w": SIZE}, order_at(0))
+    assert found is not None and found.name.position == 16
+    assert "images-000000032/attempt-2: another rank found it damaged" in found.passed_over[0]
+    with pytest.raises(UserError, match="found 2 that do not"):
+        restore_newest(store, DisagreeingGroup(2), wanted, {"net/w": SIZE}, order_at(0))
+
+
+def test_a_checkpoint_of_another_order_is_refused_by_name(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    attempt_and_save(store, 16)
+    other = dataclasses.replace(order_at(0), algorithm="lanes-2")
+    with pytest.raises(UserError, match="expected algorithm lanes, found algorithm lanes-2"):
+        restore_newest(store, Group(), [], {"net/w": SIZE}, other)
+
+
+def test_a_manifest_that_is_committed_while_the_sweep_looks_keeps_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt that was superseded after it had looked for a higher one."""
+    store = LocalStore(tmp_path)
+    attempt_and_save(store, 16)
+    take_attempt(store, {})
+    listing = store.list
+
+    def list_then_commit(prefix: str = "") -> Any:
+        found = list(listing(prefix))
+        if not committed_late and prefix == "checkpoints/":
+            committed_late.append(True)
+            monkeypatch.setattr("trainer.checkpoint.save.newest_attempt", lambda store: 1)
+            save(store, 1, 32)
+        return iter(found)
+
+    committed_late: list[bool] = []
+    monkeypatch.setattr(store, "list", list_then_commit)
+    sweep(store, 2)
+    assert committed_late and restored_position(store) == 32
 
 
 def test_a_missing_receipt_fails_the_save_and_names_the_rank(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ before it commits.
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.storage import ObjectStore, canonical_json
 
 ATTEMPTS = "attempts/"
+_RECORD = re.compile(r"attempts/(\d{5,})\.json")
 
 
 class Superseded(UserError):
@@ -32,13 +35,24 @@ def newest_attempt(store: ObjectStore) -> int:
 
 
 def number_of(key: str) -> int:
-    """The attempt whose record has this key."""
-    return int(key[len(ATTEMPTS) : -len(".json")])
+    """The attempt whose record has this key; 0 for a file that is none."""
+    match = _RECORD.fullmatch(key)
+    return int(match[1]) if match else 0
+
+
+def read_record(store: ObjectStore, key: str) -> dict[str, Any]:
+    """An attempt's record. Raises UserError if it is damaged."""
+    try:
+        record = json.loads(store.get(key))
+        record["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{store.uri}/{key}", "an attempt's JSON record", "other bytes", "restore it") from None
+    return dict(record)
 
 
 def first_record_key(store: ObjectStore) -> str | None:
     """Key of the run's first attempt, whose record holds the configuration that the run began with."""
-    return next((info.key for info in store.list(ATTEMPTS)), None)
+    return next((info.key for info in store.list(ATTEMPTS) if number_of(info.key)), None)
 
 
 def _key(attempt: int) -> str:

@@ -6,6 +6,7 @@ checked; all ranks load the same checkpoint or, together, the next older one, an
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import UserError
+from data_pipeline.order import OrderState
 from data_pipeline.storage import ObjectStore
 from trainer.checkpoint.manifest import CheckpointName, Manifest, committed, read_manifest
 from trainer.checkpoint.parts import ELEMENT_BYTES, CheckpointDamaged, PartInfo, PartReader
@@ -95,19 +97,21 @@ def refuse_other_model(manifest: Manifest, parameters: dict[str, int], uri: str)
             )
 
 
-def refuse_other_dataset(manifest: Manifest, dataset_id: str, uri: str) -> None:
-    """Raise UserError naming both ids."""
-    if manifest.order["dataset_id"] != dataset_id:
-        raise UserError(
-            f"checkpoint {uri}",
-            f"dataset {manifest.order['dataset_id'][:12]}",
-            f"dataset {dataset_id[:12]}",
-            "give the dataset it was trained on, or start another run",
-        )
+def refuse_other_order(manifest: Manifest, order: OrderState, uri: str) -> None:
+    """Raise UserError naming what of the sample order (the dataset first) is not as it was; the position may differ."""
+    for key, now in dataclasses.asdict(order).items():
+        then = manifest.order.get(key)
+        if key != "position" and then != now:
+            raise UserError(
+                f"checkpoint {uri}",
+                f"{key} {str(then)[:12]}",
+                f"{key} {str(now)[:12]}",
+                "give the dataset and the version it was trained with, or start another run",
+            )
 
 
 def restore_newest(
-    store: ObjectStore, group: Group, wanted: Sequence[Interval], parameters: dict[str, int], dataset_id: str
+    store: ObjectStore, group: Group, wanted: Sequence[Interval], parameters: dict[str, int], order: OrderState
 ) -> Restored | None:
     """Fill `wanted` from the newest checkpoint that verifies on all ranks; None if the run has none yet.
 
@@ -120,7 +124,7 @@ def restore_newest(
         try:
             manifest = read_manifest(store, name.manifest_key)
             refuse_other_model(manifest, parameters, f"{store.uri}/{name.folder}")
-            refuse_other_dataset(manifest, dataset_id, f"{store.uri}/{name.folder}")
+            refuse_other_order(manifest, order, f"{store.uri}/{name.folder}")
             fill(store, name, manifest, wanted)
         except CheckpointDamaged as error:
             following = f"trying {names[number + 1]}" if number + 1 < len(names) else "no older one is left"
@@ -129,6 +133,9 @@ def restore_newest(
             manifest = None
         if group.all_agree(manifest is not None) and manifest is not None:
             return Restored(name, manifest, tuple(passed_over))
+        if manifest is not None:
+            passed_over.append(f"checkpoint {name}: another rank found it damaged")
+            log.warning(passed_over[-1])
     if names:
         raise UserError(
             f"run store {store.uri}",

@@ -7,8 +7,6 @@ with its parts beside it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,8 @@ from pydantic import ValidationError
 
 from data_pipeline.config import Settings
 from data_pipeline.errors import UserError
-from data_pipeline.storage import ObjectNotFound, ObjectStore, canonical_json
+from data_pipeline.manifests import NotSealed, seal, unseal
+from data_pipeline.storage import ObjectNotFound, ObjectStore
 from trainer.checkpoint.parts import CheckpointDamaged, PartInfo
 
 FORMAT = "glidepath-checkpoint-1"
@@ -44,9 +43,8 @@ class Manifest(Settings):
     committed_at: str  # UTC, ISO 8601
 
     def encode(self) -> bytes:
-        """Canonical JSON with the sha256 of the same document without that key."""
-        document = self.model_dump(mode="json")
-        return canonical_json({**document, "sha256": hashlib.sha256(canonical_json(document)).hexdigest()})
+        """The sealed document: canonical JSON with the sha256 of the rest of itself."""
+        return seal(self.model_dump(mode="json"))
 
 
 @dataclass(frozen=True, order=True)
@@ -91,18 +89,12 @@ def read_manifest(store: ObjectStore, key: str) -> Manifest:
     another version of Glidepath.
     """
     try:
-        data = store.get(key)
+        document = unseal(store.get(key))
     except ObjectNotFound:
         raise CheckpointDamaged("manifest.json", "a manifest", "none") from None
-    try:
-        document = json.loads(data)
-        digest = document.pop("sha256")
-        found = hashlib.sha256(canonical_json(document)).hexdigest()
-        whole = canonical_json({**document, "sha256": digest}) == data
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointDamaged("manifest.json", "canonical JSON with its sha256", "other bytes") from None
-    if digest != found or not whole:
-        raise CheckpointDamaged("manifest.json", f"sha256 {str(digest)[:12]}…", f"{found[:12]}…")
+    except NotSealed as fault:
+        raise CheckpointDamaged("manifest.json", fault.expected, fault.found) from None
+    del document["sha256"]
     if document.get("format") != FORMAT:
         raise UserError(
             f"{store.uri}/{key}", f"format {FORMAT}", str(document.get("format")), "use that version to read it"

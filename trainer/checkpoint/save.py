@@ -1,4 +1,5 @@
-"""Saving: snapshot to host (the only stall), then upload and commit behind the training's back.
+"""Saving: snapshot to host, then upload and commit behind the training's back. It stalls training for the snapshot,
+and for the save before it if that one is not done yet.
 
 The protocol, per rank: clone the shard view; digest from memory; put the part; put a receipt that describes it. Rank 0
 then reads all receipts and commits by putting the manifest if absent. No collective call happens off the main thread:
@@ -123,15 +124,16 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, position: int, view: Iterable[Interval], state: dict[str, Any]) -> None:
-        """Snapshot now, store later. Waits for the save before it; if that one failed, says so and goes on.
+    def save(self, position: int, view: Iterable[Interval], state: dict[str, Any]) -> SaveFailed | None:
+        """Snapshot now, store later. Waits for the save before it; returns why that one failed, if it did.
 
         Raises Superseded when a newer attempt of the run has begun.
         """
-        self._finish_previous()
+        failed = self.settle()
         snapshot = [Interval(i.name, i.kind, i.offset, i.values.detach().to("cpu", copy=True)) for i in view]
         self._thread = threading.Thread(target=self._run, args=(position, snapshot, state), name="save")
         self._thread.start()
+        return failed
 
     def wait(self) -> None:
         """Until the save that is under way has ended. Raises SaveFailed, Superseded."""
@@ -142,12 +144,15 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _finish_previous(self) -> None:
+    def settle(self) -> SaveFailed | None:
+        """`wait`, for a caller that goes on without this save: its failure is counted, logged and returned."""
         try:
             self.wait()
         except SaveFailed as error:
             self.failures += 1
-            log.warning("%s; training goes on", error)
+            log.warning("%s", error)
+            return error
+        return None
 
     def _run(self, position: int, snapshot: list[Interval], state: dict[str, Any]) -> None:
         try:

@@ -14,9 +14,11 @@ from trainer.checkpoint.parts import CheckpointDamaged
 
 def sweep(store: ObjectStore, attempt: int) -> int:
     """Delete the orphans of attempts below `attempt`; how many objects. Called by the driver that holds `attempt`."""
+    # First the files, then who owns them: a manifest that an old attempt commits meanwhile must still keep its parts.
+    files_there = list(store.list(CHECKPOINTS))
     kept = {name: _files_of(store, name) for name in committed(store)}
     swept = 0
-    for info in list(store.list(CHECKPOINTS)):
+    for info in files_there:
         name = name_of_key(info.key)
         if name is None or name.attempt >= attempt:
             continue

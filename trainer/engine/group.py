@@ -48,8 +48,12 @@ class Group:
             dist.destroy_process_group()
 
 
-def open_group(rank: int, world_size: int, rendezvous: str, timeout_s: float = 600.0) -> Group:
-    """Meet the other ranks (gloo) at `rendezvous`, a URI that torch.distributed takes, such as file:///…"""
+def open_group(rank: int, world_size: int, rendezvous: str, timeout_s: float = 3600.0) -> Group:
+    """Meet the other ranks (gloo) at `rendezvous`, a URI that torch.distributed takes, such as file:///…
+
+    `timeout_s` bounds a collective. It must outlast what rank 0 does alone, such as drawing a grid; a rank that dies is
+    noticed by the launcher long before.
+    """
     if world_size > 1:
         dist.init_process_group(
             "gloo",

@@ -40,7 +40,7 @@ def heldout_loss(
     `modules` must be in evaluation mode. With `captions="shuffled"` each row has its neighbour's caption.
     """
     recipe = make_recipe(config.for_evaluation())
-    batch = min(EVALUATION_BATCH, dataset.rows)
+    batch = min(EVALUATION_BATCH, dataset.rows, settings.images)
     order = SampleOrder(dataset.id, dataset.shard_rows, EVALUATION_SEED, batch)
     images = min(settings.images, order.epoch_images) // batch * batch
 

@@ -22,7 +22,7 @@ RECIPES: dict[str, tuple[type[TrainConfig], Any]] = {
 def parse_train_config(values: dict[str, Any], source: str) -> TrainConfig:
     """The configuration of a training run, as the class of its recipe. Raises UsageError."""
     name = values.get("recipe")
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise UsageError(f"{source}: key recipe", f"one of {', '.join(RECIPES)}", repr(name), "correct the value")
     return parse(RECIPES[name][0], values, source)
 

@@ -7,21 +7,25 @@ again, the line of the highest attempt counts (`read_curves`).
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 METRICS = "metrics.jsonl"
+
+
+log = logging.getLogger(__name__)
 
 
 class JsonlTracker:
     """See Tracker. Non-finite values become events, since JSON has no number for them."""
 
     def __init__(self, folder: Path, attempt: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.attempt = attempt
-        self._file = (folder / METRICS).open("a", buffering=1)
+        self._path = folder / METRICS
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -32,19 +36,48 @@ class JsonlTracker:
     def event(self, images: int, kind: str, text: str) -> None:
         self._write({"images": images, "event": kind, "text": text})
 
-    def close(self) -> None:
-        self._file.close()
-
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"attempt": self.attempt, **line}) + "\n")
+        try:
+            append_line(self._path, {"attempt": self.attempt, **line})
+        except OSError as error:  # a full disk must not end the training
+            log.warning("%s: a line was lost: %s", self._path, error)
+
+
+def append_line(path: Path, document: dict[str, Any]) -> None:
+    """Append one JSON document as a line. A line that a killed process left unfinished is ended first, by itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() and not _ends_with_newline(file):
+            file.write(b"\n")
+        file.write(json.dumps(document).encode() + b"\n")
+
+
+def _ends_with_newline(file: IO[bytes]) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line, in order; unfinished ones are said and left out. Empty without a file."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            log.warning("%s: left out an unfinished line: %.40s", path, text)
+    return lines
+
+
+def read_events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind, in the order in which they happened."""
+    return [line for line in read_lines(folder / METRICS) if line.get("event") == kind]
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
     """name -> {images: value}, each point once: of the highest attempt that logged it. Empty without a file."""
-    path = folder / METRICS
     curves: dict[str, dict[int, float]] = {}
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
-    for line in sorted((line for line in lines if "values" in line), key=lambda line: int(line["attempt"])):
+    lines = [line for line in read_lines(folder / METRICS) if "values" in line]
+    for line in sorted(lines, key=lambda line: int(line["attempt"])):
         for name, value in line["values"].items():
             curves.setdefault(name, {})[line["images"]] = value
     return curves

@@ -15,8 +15,6 @@ class Tracker(Protocol):
     def event(self, images: int, kind: str, text: str) -> None:
         """Something that happened: restart, skip, fallback, grid saved."""
 
-    def close(self) -> None: ...
-
 
 class NoTracker:
     """For ranks other than 0."""
@@ -25,7 +23,4 @@ class NoTracker:
         pass
 
     def event(self, images: int, kind: str, text: str) -> None:
-        pass
-
-    def close(self) -> None:
         pass
