@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,18 +55,8 @@ def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: 
             sums = accumulate(trainee, phase, engine, micro_batches)
         losses = dict(zip(phase.terms, (trainee.group.sum_(sums) / trainee.config.batch).tolist(), strict=True))
         seen: dict[str, float | str] = {}
-
-        def guard(norm: float, part: str = phase.part, loss: float = losses["total"], seen: dict = seen) -> Decision:
-            history = trainee.guards.get(part, GuardHistory())
-            verdict = judge(history, loss, norm, trainee.config.guard)
-            trainee.guards[part] = verdict.history
-            seen["grad_norm"] = norm
-            if verdict.reason:
-                seen["skipped"] = verdict.reason
-            return verdict.decision
-
         updates = engine.optimizer_steps()
-        decision = engine.update(lr, guard)
+        decision = engine.update(lr, partial(ask_guard, trainee, phase.part, losses["total"], seen))
         if decision is Decision.CONTINUE:
             update_ema(engine.shard_view(), ema_decay_at(updates, trainee.config.ema))
         elif decision is Decision.HALT:
@@ -77,6 +68,16 @@ def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: 
             )
         figures.update({f"loss/{name}": value for name, value in losses.items()}, **seen)
     return {**figures, "lr": lr}
+
+
+def ask_guard(trainee: Trainee, part: str, loss: float, seen: dict[str, float | str], norm: float) -> Decision:
+    """The guard's decision on an update of `part`; its history goes on, what it saw goes into `seen`."""
+    verdict = judge(trainee.guards.get(part, GuardHistory()), loss, norm, trainee.config.guard)
+    trainee.guards[part] = verdict.history
+    seen["grad_norm"] = norm
+    if verdict.reason:
+        seen["skipped"] = verdict.reason
+    return verdict.decision
 
 
 def accumulate(trainee: Trainee, phase: Phase, engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
