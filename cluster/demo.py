@@ -34,6 +34,7 @@ from trainer.run import dataset_uri, store_uri, tracking_folder
 from trainer.sampling import Trained, grid, png_bytes, two_stage
 from trainer.tracking.jsonl import read_events
 
+KILL_AT = 0.55  # of the images: some updates after a checkpoint, so that the resume has something to do again
 BORDER = 4  # of 64 pixels: the ring in which a demo picture shows nothing but its ground
 
 
@@ -86,7 +87,7 @@ def train(name: str, *overrides: str) -> dict[str, Any]:
 
 
 def train_with_a_kill(config: TrainConfig) -> dict[str, Any]:
-    """Train; at the first start, end one worker with SIGKILL at half of the images, and start again as a user would."""
+    """Train; at the first start, end one worker with SIGKILL on the way, and start again as a user would."""
     if not committed(open_store(store_uri(config))):
         pids: list[int] = []
         with progress_bar(config.run) as bar:
@@ -95,7 +96,7 @@ def train_with_a_kill(config: TrainConfig) -> dict[str, Any]:
                 show_progress(event, config, bar)
                 if event["event"] == "started":
                     pids.extend(event["pids"])
-                elif event["event"] == "progress" and event["images"] >= config.images // 2 and pids:
+                elif event["event"] == "progress" and event["images"] >= KILL_AT * config.images and pids:
                     say(f"killing worker 1 (process {pids[1]}) at {event['images']} images, on purpose")
                     os.kill(pids[1], signal.SIGKILL)
                     pids.clear()
