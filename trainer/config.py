@@ -69,7 +69,9 @@ class SamplingSettings(Settings):
     """How to draw from a trained model."""
 
     guidance_scale: float = 3.0  # 1: the caption alone, above: away from the empty caption (classifier-free guidance)
-    spacing: str = "50"  # sampling steps, as trainer/diffusion/respacing.py reads them
+    spacing: Annotated[str, Field(coerce_numbers_to_str=True)] = (
+        "50"  # sampling steps, as trainer/diffusion/respacing.py reads them
+    )
     sampler: Literal["ddim", "ancestral"] = "ddim"
     noise_temperature: float = 1.0  # scales the initial noise; the release's upsampler uses 0.997
 

@@ -63,6 +63,11 @@ def test_any_other_change_on_resume_is_refused_by_name(
         refuse_changed_keys(began, parse_train_config(train_values(**change), "test"))
 
 
+def test_steps_may_be_written_as_a_number(train_values: Callable[..., dict[str, Any]]) -> None:
+    config = parse_train_config(train_values(samples={"sampling": {"spacing": 27}}), "test")
+    assert config.samples.sampling.spacing == "27"
+
+
 def test_an_unknown_recipe_is_refused_with_those_that_exist(train_values: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(UsageError, match="key recipe: expected one of glide_base, glide_upsampler, found 'glide'"):
         parse_train_config(train_values(recipe="glide"), "test")
