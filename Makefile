@@ -28,7 +28,7 @@ drills: .venv/test-installed
 	touch $@
 
 .venv/test-installed: .venv/demo-installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[cluster,demo,dev]'
 	touch $@
 
 clean:

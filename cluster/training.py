@@ -11,19 +11,22 @@ import logging
 import math
 import os
 import statistics
+import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from cluster.executors import executor_of
 from cluster.launch import Event, launch_local
+from cluster.supervise import supervise
+from cluster.tracking import TrackedRun, heldout_of, with_tracking_server
 from data_pipeline.build import CorpusConfig, build_corpus, resolve_output, sweep_build
 from data_pipeline.build import Progress as BuildProgress
 from data_pipeline.config import find_config, parse, read_values
+from data_pipeline.executor import Executor
 from data_pipeline.shards import dataset_ids
 from data_pipeline.storage import open_store
 from trainer.config import TrainConfig
-from trainer.run import prepare_run, store_uri, tracking_folder
-from trainer.tracking.jsonl import read_curves
+from trainer.run import prepare_run, store_uri
 
 log = logging.getLogger(__name__)
 
@@ -31,34 +34,71 @@ DEMO_DATASETS = ("demo", "demo-heldout")  # built in the state folder when absen
 SETTLED_AFTER = 5  # steps before speed counts: the first ones warm caches
 
 
-def train_run(config: TrainConfig, on_event: Callable[[Event], None] = lambda event: None) -> dict[str, Any]:
-    """Train (or go on) until `images`; the keys of `glidepath train --json`. Raises UserError."""
+def train_run(
+    config: TrainConfig,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Train (or go on) until `images`; the keys of `glidepath train --json`. Raises UserError.
+
+    Once `stop` is set the run saves and ends. With launcher.kind ray a run whose workers died is started again here.
+    """
+    config = with_tracking_server(config)
+    tracked = TrackedRun(config)
     for name in (config.dataset, config.heldout.dataset if config.heldout else None):
         if name in DEMO_DATASETS:
             build_demo_dataset(name)
-    attempt = prepare_run(config)
     steps: list[Event] = []
 
     def watch(event: Event) -> None:
         if event["event"] == "progress":
             steps.append(event)
+        tracked.watch(event)
         on_event(event)
 
-    result = launch_local(config.model_dump(mode="json"), attempt, config.launcher.workers, watch)
-    curves = read_curves(tracking_folder(config))
+    def launch_tracked(attempt: int) -> Event:
+        tracked.begin(attempt)
+        return launch(config, attempt, watch, tracked.mlflow_run_id)
+
+    with tracked:
+        attempt, result = supervise(
+            open_store(store_uri(config)),
+            lambda: prepare_run(config),
+            launch_tracked,
+            watch,
+            restart=config.launcher.kind == "ray",
+            stop=stop or threading.Event(),
+        )
+        tracked.end("KILLED" if result["stopped"] else "FINISHED")
     settled = [step["images_per_s"] for step in steps[SETTLED_AFTER:] or steps]
     return {
         "run": config.run,
-        "mlflow_run_id": None,
+        "mlflow_run_id": tracked.mlflow_run_id,
         "images": result["images"],
         "loss": steps[-1]["loss"] if steps and math.isfinite(steps[-1]["loss"]) else None,
-        "heldout": {"first": _heldout(curves, _first), "last": _heldout(curves, _last)} if config.heldout else None,
+        "heldout": heldout_of(config, result, tracked.mlflow_run_id) if config.heldout else None,
         "images_per_s": statistics.median(settled) if settled else None,
         "checkpoint": result["checkpoint"],
         "samples": f"{open_store(store_uri(config)).uri}/{result['samples']}" if result["samples"] else None,
         "attempt": attempt,
         "failed_saves": result["failed_saves"],
+        "stopped": result["stopped"],
     }
+
+
+def launch(
+    config: TrainConfig, attempt: int, on_event: Callable[[Event], None], mlflow_run_id: str | None = None
+) -> Event:
+    """One attempt on workers of the configured kind; rank 0's result. Raises as the launchers do."""
+    values, settings = config.model_dump(mode="json"), config.launcher
+    spec = {"values": values, "attempt": attempt, "mlflow_run_id": mlflow_run_id}
+    if settings.kind == "local":
+        return launch_local(spec, settings.workers, on_event)
+    from cluster.ray_cluster import connected
+    from cluster.ray_launch import launch_ray
+
+    with connected():
+        return launch_ray(spec, settings.workers, settings.device, on_event)
 
 
 def build_demo_dataset(name: str, progress: BuildProgress = lambda stage, done, total: None) -> None:
@@ -70,32 +110,35 @@ def build_demo_dataset(name: str, progress: BuildProgress = lambda stage, done, 
         build_swept(config, progress)
 
 
-def build_swept(config: CorpusConfig, progress: BuildProgress) -> dict[str, Any]:
-    """`build_corpus` after removing what killed builds left in the output. One at a time: another one waits.
+def build_swept(config: CorpusConfig, progress: BuildProgress, alone: bool = False) -> dict[str, Any]:
+    """`build_with` the executor that the configuration asks for."""
+    with executor_of(config.executor) as executor:
+        return build_with(executor, config, progress, alone)
 
-    A sweep takes data whose manifest is not there yet, which is what a build under way has.
+
+def build_with(executor: Executor, config: CorpusConfig, progress: BuildProgress, alone: bool) -> dict[str, Any]:
+    """`build_corpus` after removing what killed builds left in the output. In a folder, one at a time: another waits.
+
+    A sweep takes data whose manifest is not there yet, which is what a build under way has. `alone`: the caller knows
+    that no other build has this output.
     """
     assert config.output is not None
-    output = Path(open_store(config.output).uri)
+    store = open_store(config.output)
+    store.check()
+    folder = store.local_path("units")
+    if folder is None:
+        # A bucket has no lock that dies with its holder. Two builds at once are harmless, for they write the same
+        # bytes; a sweep beside a build is not. So leftovers stay, unseen, unless the caller vouches for it.
+        if alone and (swept := sweep_build(store)):
+            log.info("%s: removed %d leftovers of a build that was stopped", store.uri, swept)
+        return build_corpus(config, executor, progress)
+    output = folder.parent
     output.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(output, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with this process, however that ends
-        if swept := sweep_build(open_store(config.output)):
+        if swept := sweep_build(store):
             log.info("%s: removed %d leftovers of a build that was stopped", output, swept)
-        return build_corpus(config, progress=progress)
+        return build_corpus(config, executor, progress)
     finally:
         os.close(descriptor)
-
-
-def _heldout(curves: dict[str, dict[int, float]], pick: Callable[[dict[int, float]], float]) -> dict[str, float]:
-    prefix = "heldout/"
-    return {name.removeprefix(prefix): pick(curve) for name, curve in curves.items() if name.startswith(prefix)}
-
-
-def _first(curve: dict[int, float]) -> float:
-    return curve[min(curve)]
-
-
-def _last(curve: dict[int, float]) -> float:
-    return curve[max(curve)]

@@ -36,8 +36,8 @@ def main() -> int:
 
     torch.set_num_threads(1)
     try:
-        group = open_group(rank, world_size, spec["rendezvous"])
-        train(spec["values"], spec["attempt"], group, report)
+        group = open_group(rank, world_size, spec["rendezvous"], spec["train"]["values"]["launcher"]["device"])
+        train(group=group, report=report, **spec["train"])
         group.close()
     except UserError as error:
         report({"event": "error", "fields": error.fields()})

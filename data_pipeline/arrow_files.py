@@ -2,24 +2,30 @@
 
 Always holds: what a batch read returns has the crc32 that was taken when it was written; the same rows give the same
 bytes. The description of a file (ArrowFile) is kept by the caller in a manifest: pyarrow does not expose where batches
-lie, and a file that describes itself cannot vouch for itself. Called by shards.py and by the builder's staging.
+lie, and a file that describes itself cannot vouch for itself. A file of a distant store is read through this machine's
+cache. Called by shards.py and by the builder's staging.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import ObjectNotFound, ObjectStore
+from data_pipeline.storage import ObjectNotFound, ObjectStore, canonical_json
+from data_pipeline.storage.cache import CacheFull, machine_cache
+
+log = logging.getLogger(__name__)
 
 BATCH_ROWS = 256
 VERIFY_CHUNK_BYTES = 8 * 2**20
@@ -116,26 +122,26 @@ class _Sink(io.RawIOBase):
 
 
 class ArrowReader:
-    """Random access to the batches of one stored file, memory-mapped; safe to share between threads."""
+    """Random access to the batches of one stored file, memory-mapped; safe to share between threads.
+
+    Of a distant store the file is copied to the cache first, checked on the way. Where the cache has no room for it,
+    each batch is read from the store at each use.
+    """
 
     def __init__(
         self, store: ObjectStore, key: str, schema: pa.Schema, description: ArrowFile, check_batches: bool = True
     ) -> None:
-        """Raises ShardDamaged if the object is absent or has another size, UserError if the store is not local.
+        """Raises ShardDamaged if the object is absent or has another size.
 
         `check_batches` False is for a caller that takes single rows and has a checksum for each of them.
         """
         self.name, self.schema, self.description = f"{store.uri}/{key}", schema, description
-        path = store.local_path(key)
-        if path is None:
-            raise UserError(self.name, "a store on this machine", store.uri, "copy the dataset to a local folder")
-        found = os.stat(path).st_size if path.is_file() else None
-        if found != description.bytes:
-            # Reading past the end of a mapped file kills the process, so a short one is never mapped.
-            raise damaged(self.name, f"{description.bytes} bytes", "nothing" if found is None else f"{found} bytes")
-        self._file = pa.memory_map(str(path))
+        self._store, self._key = store, key
         self._checked: set[int] = set() if check_batches else set(range(len(self)))
         self._lock = threading.Lock()
+        path = store.local_path(key)
+        self._distant = path is None
+        self._file = self._open_cached() if path is None else self._map(path)
 
     def __len__(self) -> int:
         return len(self.description.batches)
@@ -144,17 +150,82 @@ class ArrowReader:
         """Batch `index`, sharing the mapped memory; its crc32 is checked at its first use. Raises ShardDamaged."""
         place = self.description.batches[index]
         with self._lock:  # the mapped file has one read position
-            self._file.seek(place.offset)
-            message = self._file.read_buffer(place.length)
-            if index not in self._checked:
-                self._check(index, place, message)
+            if self._file is not None and index not in self._checked:
+                self._check_mapped(index, self._file)
+            if self._file is None:
+                message = pa.py_buffer(self._fetch(index))
+            else:
+                self._file.seek(place.offset)
+                message = self._file.read_buffer(place.length)
         return pa.ipc.read_record_batch(message, self.schema)
 
-    def _check(self, index: int, place: Batch, message: pa.Buffer) -> None:
-        found = f"{zlib.crc32(message):08x}"
-        if found != place.crc32:
-            raise damaged(f"{self.name} batch {index}", f"crc32 {place.crc32}", found)
+    def distrust(self) -> None:
+        """Bytes were found damaged: if they are a cached copy, the next reader gets a fresh one."""
+        if self._distant:
+            machine_cache().forget(self._cache_name())
+
+    def _check_mapped(self, index: int, file: pa.MemoryMappedFile) -> None:
+        """Raises ShardDamaged; but a damaged copy in the cache is replaced by a fresh one, which was checked."""
+        place = self.description.batches[index]
+        file.seek(place.offset)
+        try:
+            self._check(index, file.read_buffer(place.length))
+        except ShardDamaged as damage:
+            if self._distant:
+                log.warning("%s in the cache; taking it from the store again", damage)
+                self.distrust()
+                self._file = self._open_cached()
+            else:
+                raise
         self._checked.add(index)
+
+    def _map(self, path: Path) -> pa.MemoryMappedFile:
+        found = os.stat(path).st_size if path.is_file() else None
+        if found != self.description.bytes:
+            # Reading past the end of a mapped file kills the process, so a short one is never mapped.
+            raise damaged(
+                self.name, f"{self.description.bytes} bytes", "nothing" if found is None else f"{found} bytes"
+            )
+        return pa.memory_map(str(path))
+
+    def _open_cached(self) -> pa.MemoryMappedFile | None:
+        try:
+            return machine_cache().open(self._cache_name(), self.description.bytes, self._fetch_all, self._map)
+        except CacheFull as full:
+            log.warning("%s: %s; reading it from the store, batch by batch", self.name, full)
+            return None
+        except ValueError as error:
+            raise damaged(self.name, f"{self.description.bytes} bytes", str(error)) from None
+
+    def _cache_name(self) -> str:
+        """By content, not by place: two stores may have had one URI, and one content may lie in two."""
+        return hashlib.sha256(canonical_json([str(self.schema), self.description.to_json()])).hexdigest()
+
+    def _fetch_all(self) -> Iterator[bytes]:
+        """The whole object, batch by batch, each checked."""
+        position = 0
+        for index, place in enumerate(self.description.batches):
+            yield self._get(position, place.offset - position)
+            yield self._fetch(index)
+            position = place.offset + place.length
+        yield self._get(position, self.description.bytes - position + 1)  # one more, to see that it ends there
+
+    def _fetch(self, index: int) -> bytes:
+        place = self.description.batches[index]
+        message = self._get(place.offset, place.length)
+        self._check(index, message)
+        return message
+
+    def _get(self, start: int, length: int) -> bytes:
+        try:
+            return self._store.get_range(self._key, start, length) if length else b""
+        except ObjectNotFound:
+            raise damaged(self.name, f"{self.description.bytes} bytes", "nothing") from None
+
+    def _check(self, index: int, message: Any) -> None:
+        expected, found = self.description.batches[index].crc32, f"{zlib.crc32(message):08x}"
+        if found != expected:
+            raise damaged(f"{self.name} batch {index}", f"crc32 {expected}", found)
 
 
 def damaged(name: str, expected: str, found: str) -> ShardDamaged:

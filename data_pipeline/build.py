@@ -48,9 +48,12 @@ def build_corpus(
     holds no usable record, when a unit exceeds the budget of bad records, and when stored data is damaged.
     """
     if executor is None:
+        if config.executor.kind != "inline":
+            raise ValueError(f"executor.kind {config.executor.kind}: the caller brings such an executor")
         with InlineExecutor(config.executor.workers) as own:
             return build_corpus(config, own, progress, store)
     store = store or open_store(_output(config))
+    store.check()
     limits = config.filters.resolved()
 
     units = list_units(config.inputs, executor)

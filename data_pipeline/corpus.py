@@ -18,8 +18,8 @@ from data_pipeline.sources import Input
 class ExecutorSettings(Settings):
     """Where the passes run."""
 
-    kind: Literal["inline"] = "inline"  # processes of this machine
-    workers: int = Field(default=1, ge=1)  # 1: in the calling process
+    kind: Literal["inline", "ray"] = "inline"  # processes of this machine, or tasks of a Ray cluster
+    workers: int = Field(default=1, ge=1)  # at most that many at once; inline, 1: in the calling process
 
 
 class CorpusConfig(Settings):

@@ -36,7 +36,11 @@ class Column:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one micro step trains on. `positions` int64 [b] and `ids` uint64 [b]; b may be 0 (then `batch` is None)."""
+    """What one micro step trains on. `positions` int64 [b] and `ids` uint64 [b].
+
+    b is 0 where a rank's share is used up: `batch` then is a row of another rank, to go through the same collective
+    calls with weight 0.
+    """
 
     positions: NDArray[np.int64]
     ids: NDArray[np.uint64]
@@ -132,11 +136,11 @@ class Loader:
 
     def _micro_batch(self, begin: int, end: int) -> MicroBatch:
         positions = np.arange(begin, end, dtype=np.int64)
-        draws = Draws(self.order.seed, positions)
-        if begin == end:
-            return MicroBatch(positions, np.empty(0, np.uint64), draws, None)
-        rows = read_rows(self.dataset, self.columns, *self.order.rows_at(positions))
-        return MicroBatch(positions, rows["id"], draws, self.prepare(rows, draws))
+        stand_in = np.array([begin - begin % self.order.batch])
+        read = positions if begin < end else stand_in
+        rows = read_rows(self.dataset, self.columns, *self.order.rows_at(read))
+        draws = Draws(self.order.seed, read)
+        return MicroBatch(positions, rows["id"][: len(positions)], draws, self.prepare(rows, draws))
 
 
 __all__ = ["Column", "Loader", "MicroBatch", "Rows", "micro_batches", "read_rows"]

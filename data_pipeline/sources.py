@@ -13,13 +13,16 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
+
+from pydantic import field_serializer
 
 from data_pipeline import demo
 from data_pipeline.config import Settings
 from data_pipeline.errors import UserError
 from data_pipeline.executor import Executor, InlineExecutor
 from data_pipeline.records import FILE_LIMIT_BYTES, IMAGE_SUFFIXES, Record, Rejected, text_key
+from data_pipeline.remote_tars import RemoteTar, asked, find_remote, is_remote, open_remote, public_uri
 from data_pipeline.storage import canonical_json
 from data_pipeline.tars import read_tar
 
@@ -30,10 +33,20 @@ TAR_ENDINGS = (".tar", ".tgz", ".tar.gz")
 
 
 class Input(Settings):
-    """One input of a corpus. `uri`: a tar or folder of tars; a folder of pictures; for `demo`, `train` or `heldout`."""
+    """One input of a corpus. `uri`: a tar or folder of tars, here or at s3://…, or an http(s):// address of a tar; a
+    folder of pictures; for `demo`, `train` or `heldout`."""
 
     kind: Kind
     uri: str
+    anonymous: bool = False  # s3://… of a public bucket: no credentials are sent
+
+    @field_serializer("uri")
+    def _without_signature(self, uri: str) -> str:
+        # What is dumped gets into manifests.
+        return public_uri(uri)
+
+    def __repr_args__(self) -> Iterator[tuple[str, str]]:
+        yield from {"kind": self.kind, "uri": public_uri(self.uri)}.items()
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class Unit:
     part: int = 0
     digest: str = ""
     bytes: int = 0
+    remote: RemoteTar | None = None  # how to get at it, if it does not lie on this machine
 
 
 def list_units(inputs: Sequence[Input], executor: Executor | None = None) -> list[Unit]:
@@ -66,14 +80,10 @@ def with_digest(unit: Unit) -> Unit:
         return replace(unit, digest=demo.slice_digest(unit.uri, unit.part))
     if unit.kind == "folder":
         return _folder_with_digest(unit)
-    content, size = hashlib.sha256(), 0
-    with open(unit.uri, "rb") as file:
-        while piece := file.read(READ_BYTES):
-            content.update(piece)
-            size += len(piece)
-    # The kind counts: the same tar read as another kind can give other captions.
-    digest = hashlib.sha256(canonical_json([unit.kind, content.hexdigest()])).hexdigest()
-    return replace(unit, digest=digest, bytes=size)
+    if unit.remote is not None:
+        unit = replace(unit, remote=asked(unit.remote))
+    with _open_tar(unit) as file:
+        return _tar_with_digest(unit, file)
 
 
 def read_records(unit: Unit) -> Iterator[Record | Rejected]:
@@ -82,25 +92,49 @@ def read_records(unit: Unit) -> Iterator[Record | Rejected]:
         return demo.read_slice(unit.uri, unit.part)
     if unit.kind == "folder":
         return _read_folder(Path(unit.uri))
-    return read_tar(Path(unit.uri), json_captions=unit.kind == "img2dataset")
+    file = _open_tar(unit)
+    if unit.remote is not None and _tar_with_digest(unit, file).digest != unit.digest:
+        file.close()
+        raise UserError(f"unit {unit.uri}", "the content it had before", "another", "run it again")
+    return read_tar(file, json_captions=unit.kind == "img2dataset")
+
+
+def _open_tar(unit: Unit) -> IO[bytes]:
+    return open(unit.uri, "rb") if unit.remote is None else open_remote(unit.remote)
+
+
+def _tar_with_digest(unit: Unit, file: IO[bytes]) -> Unit:
+    content, size = hashlib.sha256(), 0
+    while piece := file.read(READ_BYTES):
+        content.update(piece)
+        size += len(piece)
+    file.seek(0)
+    # The kind counts: the same tar read as another kind can give other captions.
+    digest = hashlib.sha256(canonical_json([unit.kind, content.hexdigest()])).hexdigest()
+    return replace(unit, digest=digest, bytes=size)
 
 
 def _find(entry: Input) -> list[Unit]:
-    name = f"input {entry.kind} {entry.uri}"
+    name = f"input {entry.kind} {public_uri(entry.uri)}"
     if entry.kind == "demo":
         if entry.uri not in demo.SLICES:
             raise UserError(name, f"uri {' or '.join(demo.SLICES)}", repr(entry.uri), "correct uri")
         return [Unit("demo", entry.uri, part) for part in range(demo.SLICES[entry.uri])]
-    path = Path(entry.uri).absolute()
+    if is_remote(entry.uri) and entry.kind != "folder":
+        tars = find_remote(entry.uri, entry.anonymous, TAR_ENDINGS)
+        if not tars:
+            raise UserError(name, f"objects ending in {', '.join(TAR_ENDINGS)}", "none with that prefix", "correct uri")
+        return [Unit(entry.kind, tar.uri, remote=tar) for tar in tars]
+    path = Path(public_uri(entry.uri)).absolute()
     if entry.kind == "folder":
         if not path.is_dir():
             raise UserError(name, "a folder", "a file" if path.exists() else "nothing", "correct uri")
         return [Unit("folder", str(path.resolve()))]
     if path.is_dir():
-        tars = sorted(child for child in path.iterdir() if child.name.endswith(TAR_ENDINGS) and child.is_file())
-        if not tars:
+        files = sorted(child for child in path.iterdir() if child.name.endswith(TAR_ENDINGS) and child.is_file())
+        if not files:
             raise UserError(name, f"files ending in {', '.join(TAR_ENDINGS)}", "none in that folder", "correct uri")
-        return [Unit(entry.kind, str(tar)) for tar in tars]
+        return [Unit(entry.kind, str(tar)) for tar in files]
     if not path.is_file():
         raise UserError(name, "a tar or a folder of tars", "nothing", "correct uri")
     return [Unit(entry.kind, str(path))]

@@ -98,6 +98,7 @@ class StagedUnit:
         except (pa.ArrowException, OSError) as error:
             raise damaged(f"{self._reader.name} row {index}", "an Arrow batch", str(error)) from None
         if (found := crc32_of(family, row)) != expected:
+            self._reader.distrust()
             raise damaged(f"{self._reader.name} row {index}", f"crc32 {expected:08x}", f"{found:08x}")
         return row
 

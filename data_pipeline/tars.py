@@ -18,7 +18,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, cast
 
 from data_pipeline.records import FILE_LIMIT_BYTES, IMAGE_SUFFIXES, Record, Rejected, text_key
@@ -56,12 +56,12 @@ class BoundedFile:
         return self.file.seek(position, whence)
 
 
-def read_tar(path: Path, json_captions: bool) -> Iterator[Record | Rejected]:
-    """Samples of a plain or gzipped tar in the order of their first file.
+def read_tar(plain: IO[bytes], json_captions: bool) -> Iterator[Record | Rejected]:
+    """Samples of a plain or gzipped tar in the order of their first file. The file is closed at the end.
 
     The caption is the `.txt` file; with `json_captions`, else the "caption" of the `.json` file.
     """
-    with path.open("rb") as plain:
+    with plain:
         compressed = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
         source = cast(IO[bytes], gzip.GzipFile(fileobj=plain)) if compressed else plain

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +66,11 @@ def dataset_uri(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return str(output)
 
 
+@pytest.fixture(scope="session")
+def tiny_model() -> dict[str, Any]:
+    return TINY_MODEL
+
+
 @pytest.fixture
 def train_values(dataset_uri: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Values of a tiny base run on that dataset; its store is a folder of the test."""
@@ -83,3 +95,91 @@ def train_values(dataset_uri: str, tmp_path: Path) -> Callable[..., dict[str, An
         }
 
     return make
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running local stack: `home` is its GLIDEPATH_HOME, `env` what its clients need in their environment."""
+
+    home: Path
+    env: dict[str, str]
+    dashboard: str
+    mlflow: str
+    s3: str
+    bucket: str = "glidepath"
+
+    def glidepath(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line on this stack."""
+        return run_glidepath(self.home, *arguments)
+
+
+def run_glidepath(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, with its own state folder."""
+    environment = os.environ | {"GLIDEPATH_HOME": str(home)}
+    argv = [sys.executable, "-m", "cluster.cli", *arguments]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, cwd=home, check=False)
+
+
+# Waits for the end of its input, which comes with the end of the tests, even if those are killed.
+UNDERTAKER = """
+import json, shutil, subprocess, sys
+from pathlib import Path
+sys.stdin.read()
+home = Path(sys.argv[1])
+ended = subprocess.run([sys.executable, "-m", "cluster.cli", "down"], cwd=home)
+record = home / "stack" / "stack.json"
+ray_folder = json.loads(record.read_text())["ray_folder"] if record.exists() else ""
+if ray_folder:
+    shutil.rmtree(Path(ray_folder).parent)
+shutil.rmtree(home)
+sys.exit(ended.returncode)
+"""
+
+
+@contextmanager
+def new_stack_home() -> Iterator[Path]:
+    """A state folder for a stack; whatever happens, nothing of it stays: no process, no file, no folder of Ray's."""
+    home = Path(tempfile.mkdtemp(prefix="gp-"))
+    undertaker = subprocess.Popen(
+        [sys.executable, "-c", UNDERTAKER, str(home)],
+        env=os.environ | {"GLIDEPATH_HOME": str(home)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield home
+    finally:
+        _, errors = undertaker.communicate()
+        assert undertaker.returncode == 0, errors
+
+
+@pytest.fixture
+def stack_home() -> Iterator[Path]:
+    """A state folder for a stack of the test's own."""
+    with new_stack_home() as home:
+        yield home
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """Ray, MLflow and an S3 server, started once for all tests that need them. Four CPUs, whatever the machine has."""
+    with new_stack_home() as home:
+        done = run_glidepath(home, "up", "--cpus", "4", "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        urls = {row["service"]: row["url"] for row in found["services"]}
+        yield Stack(home, found["env"], dashboard=urls["ray"], mlflow=urls["mlflow"], s3=urls["s3"])
+
+
+@pytest.fixture
+def stack_env(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    """The stack, with its addresses in this process's environment and nobody else's."""
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in stack.env.items():
+        monkeypatch.setenv(name, value)
+    return stack

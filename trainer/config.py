@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.config import Settings
 from data_pipeline.errors import UsageError
@@ -19,20 +19,25 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 # What a resume may change: how far, on what, how often - nothing that alters the optimisation or the data. `store` is
 # where the run was found, so it cannot differ from itself; a run that was moved has another.
-MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero.stage", "store")
+MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero", "store")
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class ZeroSettings(Settings):
-    """How the state is spread over ranks. Stage 0: replicated."""
+    """How the state is spread over ranks. Stage 0: not at all; 1 to 3: DeepSpeed's ZeRO."""
 
-    stage: Literal[0] = 0
+    stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "cpu"] = "none"  # cpu: masters, moments and the update itself stay in host memory
 
 
 class LauncherSettings(Settings):
     """Where the workers run."""
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "ray"] = "local"  # processes of this machine, or actors of a Ray cluster
     workers: Positive = 1
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda: one GPU per worker
 
 
 class CheckpointSettings(Settings):
@@ -103,7 +108,7 @@ class TrainConfig(Settings):
     dropout: Fraction = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     model: Any
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"  # of forward and backward passes; masters, moments and EMA are fp32 always
     zero: ZeroSettings = ZeroSettings()
     launcher: LauncherSettings = LauncherSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -111,6 +116,12 @@ class TrainConfig(Settings):
     guard: GuardSettings = GuardSettings()
     heldout: HeldoutSettings | None = None
     samples: SampleSettings = SampleSettings()
+
+    @model_validator(mode="after")
+    def _refuse_fp16_without_zero(self) -> TrainConfig:
+        if self.precision == "fp16" and self.zero.stage == 0:
+            raise ValueError("zero.stage 1, 2 or 3 with precision fp16, whose loss scale is DeepSpeed's, found 0")
+        return self
 
     def for_evaluation(self) -> TrainConfig:
         """The same run without what is random in training only; recipes with more of it extend this."""

@@ -26,9 +26,10 @@ from trainer.checkpoint.save import Saver
 from trainer.config import TrainConfig
 from trainer.evaluation.heldout import first_rows, heldout_loss
 from trainer.guard import GuardHistory
-from trainer.metrics import StepTimer
+from trainer.metrics import StepTimer, memory
 from trainer.sampling import draw_images, grid, png_bytes
 from trainer.step import Trainee, train_step
+from trainer.stop import StopWatch
 from trainer.tracking.jsonl import append_line
 from trainer.tracking.tracker import Tracker
 
@@ -37,6 +38,11 @@ log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 GRID_PICTURES = 8
 CONSUMED = "consumed.jsonl"
+
+
+def newest_loss(figures: Mapping[str, float]) -> float:
+    """The loss that a run is summed up by: the total of its first phase."""
+    return next(value for name, value in figures.items() if name.endswith("loss/total"))
 
 
 @contextmanager
@@ -68,6 +74,8 @@ class TrainingLoop:
         self.timer = StepTimer()
         self.position = 0  # images consumed
         self.saved = -1  # position of the newest save that was begun
+        self.heldout_at_0: dict[str, float] = {}  # known to the attempt that began there
+        self.stopped = False  # a stop was requested, and all ranks agreed to it
         self.checkpoint: CheckpointName | None = None  # newest that this rank restored or saw committed
 
     def restore(self) -> None:
@@ -79,9 +87,10 @@ class TrainingLoop:
             return
         name, manifest = found.name, found.manifest
         for part, engine in engines.items():
-            engine.loaded(manifest.optimizer_steps[part])
+            engine.loaded(manifest.optimizer_steps[part], manifest.loss_scale.get(part, {}))
         self.trainee.guards = {part: GuardHistory.from_document(document) for part, document in manifest.guard.items()}
         self.checkpoint, self.position, self.saved = name, name.position, name.position
+        self.tracker.replay(manifest.tracking)
         for damage in found.passed_over:
             self.say("fallback", damage)
         self.say("resume", f"from {name}, world size {manifest.world_size} then, {self.group.world_size} now")
@@ -89,25 +98,29 @@ class TrainingLoop:
     def train(self) -> None:
         config = self.config
         if self.position == 0:
-            self.evaluate()
+            self.heldout_at_0 = self.evaluate()
         cut = micro_batches(config.batch, self.group.rank, self.group.world_size, config.micro_batch_size())
         loader = Loader(self.dataset, self.order, self.trainee.recipe.columns, self.trainee.recipe.prepare, cut)
         batches = loader.batches(self.position, config.images)
         self.timer.finish(0)
-        while self.position < config.images:
-            with self.timer.section("data"):
-                micro_batches_of_step = next(batches)
-            with self.timer.section("update"):
-                figures = train_step(self.trainee, micro_batches_of_step, self.position)
-            self.log_consumed(micro_batches_of_step)
-            self.position += config.batch
-            self.log(figures)
-            if self.due(config.checkpoint.every_images):
-                self.save()
-            if self.due(config.samples.every_images):
-                self.sample()
-            if config.heldout and self.due(config.heldout.every_images):
-                self.evaluate()
+        with StopWatch(self.store, self.saver.identity.attempt, watching=self.group.rank == 0) as stop:
+            while self.position < config.images and not self.stopped:
+                with self.timer.section("data"):
+                    micro_batches_of_step = next(batches)
+                with self.timer.section("update"):
+                    figures = train_step(self.trainee, micro_batches_of_step, self.position)
+                self.log_consumed(micro_batches_of_step)
+                self.position += config.batch
+                self.log(figures)
+                if self.due(config.samples.every_images):
+                    self.sample()
+                if config.heldout and self.due(config.heldout.every_images):
+                    self.evaluate()
+                # Last: a run that goes on from here does not pass this position's grid and figures again.
+                if self.due(config.checkpoint.every_images):
+                    self.save()
+                if self.position < config.images:
+                    self.stopped = not self.group.all_agree(not stop.asked)
         self.finish()
 
     def due(self, every_images: int) -> bool:
@@ -117,13 +130,14 @@ class TrainingLoop:
 
     def log(self, figures: dict[str, float | str]) -> None:
         position = self.position
-        if "skipped" in figures:
-            self.say("skip", str(figures["skipped"]))
-        values = {name: float(value) for name, value in figures.items() if name != "skipped"}
-        values.update(self.timer.finish(self.config.batch))
+        for name, reason in figures.items():
+            if isinstance(reason, str):
+                self.say("skip", f"{name.removesuffix('skipped')} {reason}".strip())
+        values = {name: value for name, value in figures.items() if not isinstance(value, str)}
+        values.update(self.timer.finish(self.config.batch) | memory())
         self.tracker.log(position, values)
         if self.group.rank == 0:
-            self.report({"event": "progress", "images": position, "loss": values["loss/total"]} | values)
+            self.report({"event": "progress", "images": position, "loss": newest_loss(values)} | values)
 
     def log_consumed(self, micro_batches_of_step: list[MicroBatch]) -> None:
         """The ids of the global batch, in order, as one line; every rank brings its own."""
@@ -148,8 +162,10 @@ class TrainingLoop:
                 view,
                 {
                     "optimizer_steps": {part: e.optimizer_steps() for part, e in self.trainee.engines.items()},
+                    "loss_scale": {part: e.loss_scale() for part, e in self.trainee.engines.items()},
                     "guard": {part: dataclasses.asdict(history) for part, history in self.trainee.guards.items()},
                     "order": dataclasses.asdict(self.order.state(position)),
+                    "tracking": self.tracker.undelivered(),
                 },
             )
         self.saved = position
@@ -168,12 +184,14 @@ class TrainingLoop:
                 )
                 key = f"samples/images-{self.position:09d}-ema.png"
                 about = {"run": self.config.run, "images": str(self.position)}
+                png = png_bytes(grid(drawn, prompts), about)
                 try:
-                    self.store.put(key, [png_bytes(grid(drawn, prompts), about)])
+                    self.store.put(key, [png])
                 except OSError as error:
                     self.say("samples-failed", f"{key}: {error}")
                     return None
                 self.say("samples", key)
+                self.tracker.picture(self.position, key, png)
         return key
 
     def grid_inputs(self) -> tuple[list[str], Any]:
@@ -193,16 +211,19 @@ class TrainingLoop:
         return losses
 
     def finish(self) -> None:
-        """Final save, grid and figures; fails if the save did not commit."""
+        """Final save, grid and figures (a stopped run only saves); fails if the save did not commit."""
         if self.saved != self.position:
             self.save()
-        samples = self.sample()
-        heldout = self.evaluate()
+        samples = None if self.stopped else self.sample()
+        heldout = {} if self.stopped else self.evaluate()
         self.saver.wait()
         self.checkpoint = self.saver.committed or self.checkpoint
+        if self.stopped:
+            self.say("stop", f"saved {self.checkpoint} and ended, as asked")
         if self.group.rank == 0:
             uri = f"{self.store.uri}/{self.checkpoint.folder.rstrip('/')}" if self.checkpoint else None
             result = {"images": self.position, "samples": samples, "heldout": heldout, "checkpoint": uri}
+            result |= {"stopped": self.stopped, "heldout_at_0": self.heldout_at_0}
             self.report({"event": "result", "failed_saves": self.saver.failures, **result})
 
     def say(self, kind: str, text: str) -> None:

@@ -6,6 +6,9 @@ on from the newest checkpoint that verifies. Called by a launcher's worker proce
 
 from __future__ import annotations
 
+import os
+import uuid
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from data_pipeline.config import state_folder
 from data_pipeline.draws import key64
 from data_pipeline.errors import UserError
+from data_pipeline.manifests import digest_of
 from data_pipeline.order import SampleOrder
 from data_pipeline.shards import open_dataset
 from data_pipeline.storage import open_store
@@ -27,8 +31,13 @@ from trainer.engine.group import Group
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.loop import CONSUMED, Report, TrainingLoop
 from trainer.recipes import make_recipe, parse_train_config
+from trainer.recipes.recipe import Part
 from trainer.step import Trainee
+from trainer.tracking.background import BackgroundTracker
 from trainer.tracking.jsonl import JsonlTracker
+from trainer.tracking.leftovers import keep_undelivered, read_undelivered
+from trainer.tracking.mlflow import MlflowServer
+from trainer.tracking.server import is_server
 from trainer.tracking.tracker import NoTracker, Tracker
 
 DATASETS = "datasets"  # of the state folder, by name
@@ -45,18 +54,23 @@ def dataset_uri(name: str) -> str:
 
 
 def tracking_folder(config: TrainConfig) -> Path:
-    """Where metrics.jsonl lies."""
-    return Path(config.tracking.uri or Path(open_store(store_uri(config)).uri) / "tracking")
+    """Where metrics.jsonl and consumed.jsonl lie: as set; without a setting, or with a server's, in the store when that
+    is a folder, else where a folder store of the run would have them."""
+    if config.tracking.uri and not is_server(config.tracking.uri):
+        return Path(config.tracking.uri)
+    here = open_store(store_uri(config)).local_path("tracking")
+    return here or state_folder() / "runs" / config.run / "tracking"
 
 
 def prepare_run(config: TrainConfig) -> int:
     """In the driver, before any worker starts: refuse what cannot go on, take an attempt, sweep. Returns the attempt.
 
-    Raises UserError when the data cannot serve the run, or the store is of another run or its frozen keys differ. All
-    of that comes before the attempt, whose record freezes the configuration.
+    Raises UserError when the store cannot be used, when the data cannot serve the run, or the store is of another run
+    or its frozen keys differ. All of that comes before the attempt, whose record freezes the configuration.
     """
-    refuse_unusable_data(config)
     store = open_store(store_uri(config))
+    store.check()
+    refuse_unusable_data(config)
     first = first_record_key(store)
     if first is not None:
         # Through the models of today, so that a setting added since counts with its default.
@@ -66,9 +80,17 @@ def prepare_run(config: TrainConfig) -> int:
                 f"run store {store.uri}", f"run {began.run}", f"run {config.run}", "give this run a store of its own"
             )
         refuse_changed_keys(began, config)
-    attempt = take_attempt(store, {"config": config.model_dump(mode="json")})
+    attempt = take_attempt(store, {"config": config.model_dump(mode="json"), "identity": uuid.uuid4().hex})
     sweep(store, attempt)
     return attempt
+
+
+def run_identity(config: TrainConfig) -> str:
+    """What the run is told from others by, wherever it lies: drawn with its first attempt, lost with its store."""
+    store = open_store(store_uri(config))
+    first = first_record_key(store)
+    record = read_record(store, first) if first else {}
+    return str(record.get("identity") or digest_of([store.uri, config.run])[:32])  # runs of before it was drawn
 
 
 def refuse_unusable_data(config: TrainConfig) -> None:
@@ -80,23 +102,39 @@ def refuse_unusable_data(config: TrainConfig) -> None:
             open_dataset(dataset_uri(uri)).family_manifest(column.family)
 
 
-def train(values: dict[str, Any], attempt: int, group: Group, report: Report) -> None:
-    """Train until `images`. `values`: the resolved configuration; `report` gets rank 0's progress and result."""
+def train(values: dict[str, Any], attempt: int, group: Group, report: Report, mlflow_run_id: str | None = None) -> None:
+    """Train until `images`. `values`: the resolved configuration; `report` gets rank 0's progress and result.
+
+    `mlflow_run_id`: the run on the tracking server of `tracking.uri`, which the driver has opened.
+    """
     config = parse_train_config(values, "run")
     trainee = make_trainee(config, group)
     dataset = open_dataset(dataset_uri(config.dataset))
     heldout = open_dataset(dataset_uri(config.heldout.dataset)) if config.heldout else None
-    saver = Saver(open_store(store_uri(config)), identity_of(trainee, attempt))
-    folder = tracking_folder(config)
-    tracker: Tracker = JsonlTracker(folder, attempt) if group.rank == 0 else NoTracker()
-    consumed = folder / CONSUMED if config.tracking.consumed_ids else None
+    store = open_store(store_uri(config))
+    saver = Saver(store, identity_of(trainee, attempt))
+    waiting = read_undelivered(store) if group.rank == 0 else []
+    tracker = make_tracker(config, attempt, mlflow_run_id) if group.rank == 0 else NoTracker()
+    tracker.replay(waiting)
+    consumed = tracking_folder(config) / CONSUMED if config.tracking.consumed_ids else None
     loop = TrainingLoop(trainee, dataset, heldout, saver, tracker, consumed, report)
-    loop.restore()
-    try:
-        loop.train()
-    except UserError:
-        saver.settle()  # a save that had begun may still commit
-        raise
+    with ExitStack() as stack:
+        if group.rank == 0:
+            stack.callback(lambda: keep_undelivered(store, tracker.close()))
+        loop.restore()
+        try:
+            loop.train()
+        except UserError:
+            saver.settle()  # a save that had begun may still commit
+            raise
+
+
+def make_tracker(config: TrainConfig, attempt: int, mlflow_run_id: str | None) -> Tracker:
+    """Rank 0's tracker: of the run on the server, or of the folder."""
+    uri = config.tracking.uri
+    if mlflow_run_id is None or uri is None or not is_server(uri):
+        return JsonlTracker(tracking_folder(config), attempt)
+    return BackgroundTracker(lambda: MlflowServer(uri, mlflow_run_id), attempt)
 
 
 def make_trainee(config: TrainConfig, group: Group) -> Trainee:
@@ -105,8 +143,26 @@ def make_trainee(config: TrainConfig, group: Group) -> Trainee:
     engines: dict[str, Engine] = {}
     for name, part in recipe.parts().items():
         torch.manual_seed(key64("initialise", config.seed, name))
-        engines[name] = ReplicatedEngine(name, part.build(), config, group)
+        engines[name] = make_engine(name, part, config, group)
     return Trainee(recipe, config, group, engines)
+
+
+def make_engine(name: str, part: Part, config: TrainConfig, group: Group) -> Engine:
+    """The engine that `zero.stage` and the part's own needs ask for. Raises UserError if DeepSpeed is not installed."""
+    if config.zero.stage == 0 or part.hold == "replicated":
+        return ReplicatedEngine(name, part.build(), config, group)
+    # Before the import, which else takes the GPU of a machine that has one.
+    os.environ.setdefault("DS_ACCELERATOR", group.device.type)
+    try:
+        from trainer.engine.deepspeed_engine import DeepSpeedEngine
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"zero.stage {config.zero.stage}",
+            "DeepSpeed",
+            str(error),
+            "pip install 'glidepath[cluster]', or zero.stage=0",
+        ) from None
+    return DeepSpeedEngine(name, part.build, config, group)
 
 
 def identity_of(trainee: Trainee, attempt: int) -> RunIdentity:

@@ -23,12 +23,12 @@ from trainer.ema import ema_decay_at, update_ema
 from trainer.engine.engine import Engine
 from trainer.engine.group import Group
 from trainer.guard import Decision, GuardHistory, judge
-from trainer.recipes.recipe import Phase, Recipe
+from trainer.recipes.recipe import Phase, Recipe, on_device
 
 
 @dataclass
 class Trainee:
-    """What training changes: an engine and a guard history per part."""
+    """What training changes: an engine per part, a guard history per phase."""
 
     recipe: Recipe
     config: TrainConfig
@@ -49,31 +49,40 @@ def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: 
     """
     figures: dict[str, float | str] = {}
     lr = lr_at(position, trainee.config.lr, trainee.config.warmup_images)
-    for phase in trainee.recipe.phases():
+    phases = trainee.recipe.phases()
+    for phase in phases:
+        if not phase.active(position // trainee.config.batch):
+            continue
         engine = trainee.engines[phase.part]
         with only_trained(trainee.engines, phase.part):
             sums = accumulate(trainee, phase, engine, micro_batches)
         losses = dict(zip(phase.terms, (trainee.group.sum_(sums) / trainee.config.batch).tolist(), strict=True))
         seen: dict[str, float | str] = {}
         updates = engine.optimizer_steps()
-        decision = engine.update(lr, partial(ask_guard, trainee, phase.part, losses["total"], seen))
+        decision = engine.update(lr, partial(ask_guard, trainee, phase.label, losses["total"], seen))
         if decision is Decision.CONTINUE:
             update_ema(engine.shard_view(), ema_decay_at(updates, trainee.config.ema))
         elif decision is Decision.HALT:
             raise UserError(
-                f"run {trainee.config.run}, part {phase.part}, at {position} images",
+                f"run {trainee.config.run}, part {phase.label}, at {position} images",
                 f"fewer than {trainee.config.guard.halt_after} refused updates in a row",
                 f"that many, the last because {seen['skipped']}",
                 "look at the curves before it; the checkpoints before it stand",
             )
-        figures.update({f"loss/{name}": value for name, value in losses.items()}, **seen)
+        if decision is Decision.SKIP:
+            seen.setdefault("skipped", "gradients overflow fp16; the loss scale falls")
+        seen.update({f"loss/{name}": value for name, value in losses.items()})
+        if scale := engine.loss_scale():
+            seen["loss_scale"] = scale["cur_scale"]
+        prefix = f"{phase.label}/" if len(phases) > 1 else ""
+        figures.update({f"{prefix}{name}": value for name, value in seen.items()})
     return {**figures, "lr": lr}
 
 
-def ask_guard(trainee: Trainee, part: str, loss: float, seen: dict[str, float | str], norm: float) -> Decision:
-    """The guard's decision on an update of `part`; its history goes on, what it saw goes into `seen`."""
-    verdict = judge(trainee.guards.get(part, GuardHistory()), loss, norm, trainee.config.guard)
-    trainee.guards[part] = verdict.history
+def ask_guard(trainee: Trainee, phase: str, loss: float, seen: dict[str, float | str], norm: float) -> Decision:
+    """The guard's decision on an update of `phase`; its history goes on, what it saw goes into `seen`."""
+    verdict = judge(trainee.guards.get(phase, GuardHistory()), loss, norm, trainee.config.guard)
+    trainee.guards[phase] = verdict.history
     seen["grad_norm"] = norm
     if verdict.reason:
         seen["skipped"] = verdict.reason
@@ -84,13 +93,13 @@ def accumulate(trainee: Trainee, phase: Phase, engine: Engine, micro_batches: Se
     """Backward of every micro batch; this rank's sum of each loss term, float64 [terms]."""
     sums = torch.zeros(len(phase.terms), dtype=torch.float64)
     for micro in micro_batches:
-        if micro.batch is None:  # this rank's share is used up
-            continue
-        torch.manual_seed(key64("dropout", trainee.config.seed, int(micro.positions[0]), trainee.group.rank))
+        # A rank whose share is used up goes through the same collective calls, with weight 0.
+        weight = float(len(micro.positions) > 0)
+        torch.manual_seed(key64("dropout", trainee.config.seed, int(micro.draws.positions[0]), trainee.group.rank))
         with engine.precision_context():
-            losses = phase.loss(trainee.modules, micro.batch, micro.draws)
-        engine.backward(losses["total"].sum() / trainee.config.batch)
-        sums += torch.stack([losses[name].detach().sum().double() for name in phase.terms])
+            losses = phase.loss(trainee.modules, on_device(micro.batch, trainee.group.device), micro.draws)
+        engine.backward(losses["total"].sum() * (weight / trainee.config.batch))
+        sums += weight * torch.stack([losses[name].detach().sum().double().cpu() for name in phase.terms])
     return sums
 
 

@@ -9,10 +9,12 @@ double can stop at each of them.
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from data_pipeline.errors import UserError
 from data_pipeline.storage.store import ObjectInfo, ObjectNotFound
 
 TEMPORARY = ".upload-"  # then 32 hexadecimal digits, "-" and the name that the upload is for
@@ -24,6 +26,16 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
         self.uri = str(self.root)
+
+    def check(self) -> None:
+        """Raises UserError if the folder cannot be made or written to."""
+        try:
+            self._make_folder(self.root)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            found = error.strerror or str(error)
+            raise UserError(f"store {self.uri}", "a folder that can be written", found, "choose another") from None
 
     def put(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
         path = self._path(key)

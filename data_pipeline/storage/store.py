@@ -19,6 +19,22 @@ class ObjectNotFound(Exception):
     """No object under that key."""
 
 
+class StoreError(OSError):
+    """The store failed: the object, and what happened. An OSError, as a failing disk's errors are."""
+
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(name, what)  # both, so that it is rebuilt from them in another process
+        self.name, self.what = name, what
+
+    # What handlers of OSError read of it.
+    errno = None
+    filename = property(lambda self: self.name)
+    strerror = property(lambda self: self.what)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """One stored object: its key and size in bytes."""
@@ -31,6 +47,9 @@ class ObjectStore(Protocol):
     """A folder of a store. `uri` names it; keys are relative to it."""
 
     uri: str
+
+    def check(self) -> None:
+        """Before any work: raises UserError, in seconds, where the store cannot be used at all."""
 
     def put(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Store the concatenated chunks durably, replacing what was there."""
@@ -63,7 +82,10 @@ class ObjectStore(Protocol):
 
 
 def open_store(uri: str) -> ObjectStore:
-    """The store that a URI names: a folder path or `file://…`. Raises UsageError for a kind that is not built in."""
+    """The store that a URI names: a folder path, `file://…` or `s3://bucket/prefix`.
+
+    Raises UsageError for a kind that is not built in, and for s3 where boto3 is not installed.
+    """
     from data_pipeline.storage.local import LocalStore
 
     scheme, separator, rest = uri.partition("://")
@@ -71,7 +93,11 @@ def open_store(uri: str) -> ObjectStore:
         return LocalStore(Path(uri))
     if scheme == "file":
         return LocalStore(Path(rest))
-    raise UsageError(f"store {uri}", "a folder or file://…", f"scheme {scheme}://", "give a local folder")
+    if scheme == "s3":
+        from data_pipeline.storage.s3 import S3Store
+
+        return S3Store(uri)
+    raise UsageError(f"store {uri}", "a folder, file://… or s3://…", f"scheme {scheme}://", "correct the URI")
 
 
 def canonical_json(document: Any) -> bytes:

@@ -1,16 +1,32 @@
-"""Fixtures of the ground floor: the shared messy inputs, and small corpora made on the spot."""
+"""Fixtures of the ground floor: the shared messy inputs, small corpora made on the spot, and S3 servers.
+
+Two servers: `swift`, of the local stack, is a real one, but checks a condition before it writes; `moto` is a mock, but
+its conditional writes are atomic.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import random
+import socket
+import socketserver
 import tarfile
-from collections.abc import Callable, Mapping
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import boto3
 import numpy as np
 import pytest
 import simplejpeg
+from moto.server import ThreadedMotoServer
+
+from data_pipeline.storage import LocalStore, ObjectStore, open_store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("GLIDEPATH_SHARED", REPOSITORY.parent / "shared"))
@@ -70,3 +86,122 @@ def make_corpus(make_tar: MakeTar, make_jpeg: MakeJpeg) -> Callable[[Path, range
         return make_tar(path, files)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def moto_uri(moto_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket of the mock; endpoint and credentials are in this process's environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = someone\naws_secret_access_key = s3cr3t\n")
+    (tmp_path / "config").write_text(f"[default]\nregion = us-east-1\nendpoint_url = {moto_url}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def swift_uri(stack_env: Any) -> str:
+    """An empty prefix in the stack's bucket."""
+    return f"s3://{stack_env.bucket}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["moto", "swift"])
+def s3_uri(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(f"{request.param}_uri"))
+
+
+@pytest.fixture(params=["folder", "moto", "swift"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty store of each kind."""
+    if request.param == "folder":
+        return LocalStore(tmp_path / "store")
+    return open_store(f"{request.getfixturevalue(f'{request.param}_uri')}/deep/in")
+
+
+class FaultyLink(socketserver.ThreadingTCPServer):
+    """A way to a server that fails: what is set on it happens to that share of chunks, or to the next connections."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, url: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Connection)
+        parts = urlsplit(url)
+        self.upstream = (parts.hostname, parts.port)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.random = random.Random(0)
+        self.cut_share = self.busy_share = 0.0
+        self.refuse_next = self.lose_next = self.cuts = self.busy = 0  # connections; answers; what happened so far
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: FaultyLink
+
+    def handle(self) -> None:
+        link, client = self.server, self.request
+        if link.refuse_next > 0:
+            link.refuse_next -= 1
+            return self._reset()
+        if link.random.random() < link.busy_share:
+            link.busy += 1
+            client.recv(65536)
+            client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return None
+        with socket.create_connection(link.upstream) as upstream:
+            threading.Thread(target=_copy, args=(client, upstream), daemon=True).start()
+            while data := upstream.recv(65536):
+                if link.lose_next > 0 and not data.startswith(b"HTTP/1.1 100"):  # 100: go on, send the body
+                    link.lose_next -= 1
+                    return self._reset()
+                if link.random.random() < link.cut_share:
+                    link.cuts += 1
+                    with suppress(BrokenPipeError):
+                        client.sendall(data[: link.random.randrange(len(data))])
+                    return self._reset()
+                with suppress(BrokenPipeError):  # the client left, having seen enough
+                    client.sendall(data)
+        return None
+
+    def _reset(self) -> None:
+        # Not close(): the other thread still waits in recv, and until it returns nothing would be sent.
+        with suppress(OSError):  # the client was faster
+            self.request.shutdown(socket.SHUT_RDWR)
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            target.sendall(data)
+    except OSError:
+        return  # the other side of the link was cut
+
+
+@pytest.fixture
+def faulty_link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], FaultyLink]]:
+    """Put a link before the server of the environment, or before another one."""
+    links = []
+
+    def make(url: str = "") -> FaultyLink:
+        link = FaultyLink(url or boto3.session.Session().client("s3").meta.endpoint_url)
+        threading.Thread(target=link.serve_forever, daemon=True).start()
+        links.append(link)
+        if not url:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", link.url)
+        return link
+
+    yield make
+    for link in links:
+        link.shutdown()
+        link.server_close()

@@ -48,14 +48,17 @@ def test_reading_ahead_changes_nothing(dataset: Dataset, ahead: int, threads: in
     assert [value for micro in got for value in micro.batch] == Draws(0, np.arange(64, 128)).uniform("noise").tolist()
 
 
-def test_a_share_that_is_used_up_gives_empty_micro_batches(dataset: Dataset) -> None:
+def test_a_share_that_is_used_up_gives_stand_ins_without_positions(dataset: Dataset) -> None:
     order = SampleOrder(dataset.id, dataset.shard_rows, 0, 5)
     cuts = [micro_batches(5, rank, 2, 1) for rank in range(2)]
     steps = [
         next(Loader(dataset, order, (Column("base", "caption"),), lambda r, d: len(r["id"]), cut).batches(0, 5))
         for cut in cuts
     ]
-    assert [[micro.batch for micro in step] for step in steps] == [[1, 1, None], [1, 1, 1]]
+    assert [[len(micro.positions) for micro in step] for step in steps] == [[1, 1, 0], [1, 1, 1]]
+    stand_in = steps[0][2]
+    assert stand_in.batch == 1 and len(stand_in.ids) == 0
+    assert stand_in.draws.positions.tolist() == [0], "a row that another rank counts"
 
 
 def test_closing_the_iterator_ends_its_threads_and_an_error_reaches_the_caller(dataset: Dataset) -> None:

@@ -124,10 +124,11 @@ def two_part_trainee(config: TrainConfig) -> Trainee:
     return Trainee(TwoParts(), config, Group(), engines)  # type: ignore[arg-type]
 
 
-def micro_batch(x: Tensor | None, begin: int = 0) -> MicroBatch:
-    positions = np.arange(begin, begin + (0 if x is None else len(x)), dtype=np.int64)
-    batch = None if x is None else {"x": x}
-    return MicroBatch(positions, positions.astype(np.uint64), Draws(0, positions), batch)
+def micro_batch(x: Tensor, begin: int = 0, mine: bool = True) -> MicroBatch:
+    """`mine` False: a stand-in for a rank whose share is used up."""
+    positions = np.arange(begin, begin + len(x), dtype=np.int64)
+    taken = positions if mine else positions[:0]
+    return MicroBatch(taken, taken.astype(np.uint64), Draws(0, positions), {"x": x})
 
 
 def test_each_phase_trains_its_own_part_and_freezes_the_others(train_values: Values) -> None:
@@ -137,7 +138,7 @@ def test_each_phase_trains_its_own_part_and_freezes_the_others(train_values: Val
         assert not any(p.requires_grad for p in trainee.engines["second"].module.parameters())
     x = torch.randn(4, 4)
     figures = train_step(trainee, [micro_batch(x[:3]), micro_batch(x[3:], 3)], 0)
-    assert {"loss/total", "loss/extra", "grad_norm", "lr"} <= figures.keys()
+    assert {"first/loss/total", "second/loss/extra", "second/grad_norm", "lr"} <= figures.keys()
     assert [engine.optimizer_steps() for engine in trainee.engines.values()] == [1, 1]
 
     second = small_net()
@@ -149,11 +150,11 @@ def test_each_phase_trains_its_own_part_and_freezes_the_others(train_values: Val
         torch.testing.assert_close(mine, theirs)
 
 
-def test_an_empty_micro_batch_adds_nothing(train_values: Values) -> None:
+def test_a_micro_batch_that_stands_in_for_an_empty_share_adds_nothing(train_values: Values) -> None:
     x = torch.randn(4, 4)
     trainees = [two_part_trainee(config_of(train_values)) for _ in range(2)]
     train_step(trainees[0], [micro_batch(x)], 0)
-    train_step(trainees[1], [micro_batch(x), micro_batch(None)], 0)
+    train_step(trainees[1], [micro_batch(x), micro_batch(x + 1, mine=False)], 0)
     for one, other in zip(*(t.engines["first"].module.parameters() for t in trainees), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -162,8 +163,27 @@ def test_a_step_whose_loss_is_not_a_number_is_refused_and_a_row_of_them_halts(tr
     trainee = two_part_trainee(config_of(train_values, guard={"halt_after": 2}))
     bad = [micro_batch(torch.full((4, 4), math.nan))]
     before = [p.detach().clone() for p in trainee.engines["first"].module.parameters()]
-    assert "loss is nan" in str(train_step(trainee, bad, 0)["skipped"])
+    assert "loss is nan" in str(train_step(trainee, bad, 0)["first/skipped"])
     for now, then in zip(trainee.engines["first"].module.parameters(), before, strict=True):
         torch.testing.assert_close(now.detach(), then, rtol=0, atol=0)
     with pytest.raises(UserError, match="fewer than 2 refused updates in a row"):
         train_step(trainee, bad, 4)
+
+
+def test_a_phase_is_left_out_while_it_is_not_active(train_values: Values) -> None:
+    trainee = two_part_trainee(config_of(train_values))
+    first, second = trainee.recipe.phases()
+    rare = Phase("second", second.terms, second.loss, active=lambda update: update % 3 == 2, name="penalty")
+    trainee.recipe.phases = lambda: (first, rare)  # type: ignore[method-assign]
+    batch, x = trainee.config.batch, torch.randn(4, 4)
+    seen = [train_step(trainee, [micro_batch(x)], update * batch) for update in range(4)]
+    assert ["penalty/loss/total" in figures for figures in seen] == [False, False, True, False]
+    assert [engine.optimizer_steps() for engine in trainee.engines.values()] == [4, 1]
+    assert set(trainee.guards) == {"first", "penalty"}
+
+
+def test_fp16_is_refused_where_nothing_scales_its_loss(train_values: Values) -> None:
+    with pytest.raises(UserError, match=r"zero.stage 1, 2 or 3 with precision fp16, .* found 0"):
+        config_of(train_values, precision="fp16")
+    config = config_of(train_values, precision="fp16", zero={"stage": 2})
+    assert ReplicatedEngine("net", small_net(), config, Group()).precision == "fp32"

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from data_pipeline.config import Settings
 from data_pipeline.errors import UserError
@@ -36,8 +36,10 @@ class Manifest(Settings):
     parameters: dict[str, int]  # part/parameter -> elements
     parts: tuple[PartInfo, ...]
     optimizer_steps: dict[str, int]  # by part
-    guard: dict[str, Any]  # by part: GuardHistory
+    loss_scale: dict[str, dict[str, float]] = Field(default_factory=dict)  # by part: state of fp16's loss scale
+    guard: dict[str, Any]  # by phase: GuardHistory
     order: dict[str, Any]  # OrderState, with the dataset id
+    tracking: tuple[dict[str, Any], ...] = ()  # records of the tracker that had not arrived by then
     config: dict[str, Any]  # resolved
     code_version: str
     committed_at: str  # UTC, ISO 8601

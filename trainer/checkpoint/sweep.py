@@ -10,6 +10,7 @@ from data_pipeline.storage import ObjectStore
 from trainer.checkpoint.attempts import ATTEMPTS, number_of
 from trainer.checkpoint.manifest import CHECKPOINTS, CheckpointName, committed, name_of_key, read_manifest
 from trainer.checkpoint.parts import CheckpointDamaged
+from trainer.stop import STOP_FOLDERS
 
 
 def sweep(store: ObjectStore, attempt: int) -> int:
@@ -31,6 +32,8 @@ def sweep(store: ObjectStore, attempt: int) -> int:
         name = name_of_key(key)
         if name is not None:
             return name.attempt < attempt
+        if key.startswith(STOP_FOLDERS):
+            return False  # somebody may be asking for a stop right now
         # A driver that starts right now writes the record of a higher attempt.
         return not key.startswith(ATTEMPTS) or number_of(key) <= attempt
 

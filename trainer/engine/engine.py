@@ -11,8 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from trainer.config import Precision
 from trainer.guard import Decision
 
 Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema"]
@@ -30,6 +32,12 @@ class Interval:
     kind: Kind
     offset: int
     values: Tensor
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """What forward passes run inside, in every engine: products in the low precision, sums and statistics in fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 class Engine(Protocol):
@@ -56,8 +64,12 @@ class Engine(Protocol):
     def optimizer_steps(self) -> int:
         """Updates that were not skipped; Adam's bias correction counts them."""
 
-    def loaded(self, optimizer_steps: int) -> None:
-        """Called once all of `wanted()` was overwritten from a checkpoint."""
+    def loss_scale(self) -> dict[str, float]:
+        """State of fp16's loss scale; empty where there is none."""
+
+    def loaded(self, optimizer_steps: int, loss_scale: dict[str, float]) -> None:
+        """Called once all of `wanted()` was overwritten from a checkpoint, with the rest of that state. A collective
+        call."""
 
     def weights(self, kind: Literal["master", "ema"]) -> AbstractContextManager[nn.Module]:
         """The module with these weights, inside the context, on every rank; a collective call."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from typing import Any
+import os
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,10 @@ from torch import Tensor
 
 
 class Group:
-    """This rank's place among `world_size` ranks. `open_group` makes one."""
+    """This rank's place among `world_size` ranks, and the device it computes on. `open_group` makes one."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank: int = 0, world_size: int = 1, device: str = "cpu") -> None:
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over ranks, in place."""
@@ -43,23 +44,36 @@ class Group:
         dist.broadcast(payload, 0)
         return json.loads(bytes(payload.numpy()))
 
+    def ensure_process_group(self) -> None:
+        """For libraries that want torch's process group of a single rank as well."""
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
     def close(self) -> None:
-        if self.world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def open_group(rank: int, world_size: int, rendezvous: str, timeout_s: float = 3600.0) -> Group:
-    """Meet the other ranks (gloo) at `rendezvous`, a URI that torch.distributed takes, such as file:///…
+def open_group(
+    rank: int, world_size: int, rendezvous: str, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 3600.0
+) -> Group:
+    """Meet the other ranks at `rendezvous`, a URI that torch.distributed takes, such as file:///…
 
+    Tensors in this machine's memory go by gloo, those on a GPU by NCCL; `cuda` is the GPU number LOCAL_RANK.
     `timeout_s` bounds a collective. It must outlast what rank 0 does alone, such as drawing a grid; a rank that dies is
     noticed by the launcher long before.
     """
     if world_size > 1:
         dist.init_process_group(
-            "gloo",
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
             init_method=rendezvous,
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
-    return Group(rank, world_size)
+    if device == "cpu":
+        return Group(rank, world_size)
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    torch.cuda.set_device(number)
+    return Group(rank, world_size, f"cuda:{number}")

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.config import TrainConfig
-from trainer.engine.engine import Interval, Kind
+from trainer.config import Precision, TrainConfig
+from trainer.engine.engine import Interval, Kind, autocast
 from trainer.engine.group import Group
 from trainer.guard import Decision
 
@@ -24,12 +24,14 @@ class ReplicatedEngine:
     """See Engine. `module` must be float32; it is built equal on all ranks (same seed) by the caller."""
 
     def __init__(self, part: str, module: nn.Module, config: TrainConfig, group: Group) -> None:
-        self.module, self.group = module, group
-        self.precision = config.precision
+        self.module, self.group = module.to(group.device), group
+        # fp16 needs a loss scale, which is ZeRO's; a part that is replicated beside it is computed in fp32.
+        self.precision: Precision = "fp32" if config.precision == "fp16" else config.precision
         named = list(module.named_parameters())
         self.parameter_sizes = {f"{part}/{name}": parameter.numel() for name, parameter in named}
         size = sum(self.parameter_sizes.values())
-        self._master, self._gradient = torch.empty(size), torch.zeros(size)
+        self._master = torch.empty(size, device=group.device)
+        self._gradient = torch.zeros_like(self._master)
         offset = 0
         for _, parameter in named:
             end = offset + parameter.numel()
@@ -54,11 +56,11 @@ class ReplicatedEngine:
         )
         # Moments exist from the start, so that a checkpoint of step 0 has the same parts as any other.
         self._moments = {"exp_avg": torch.zeros_like(self._master), "exp_avg_sq": torch.zeros_like(self._master)}
-        self._optimizer.state[flat] = {"step": torch.tensor(0.0), **self._moments}
+        self._optimizer.state[flat] = {"step": torch.tensor(0.0, device=flat.device), **self._moments}
         self._flat = flat
 
     def precision_context(self) -> AbstractContextManager[object]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+        return autocast(self.precision, self.group.device)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -98,7 +100,10 @@ class ReplicatedEngine:
     def optimizer_steps(self) -> int:
         return int(self._optimizer.state[self._flat]["step"])
 
-    def loaded(self, optimizer_steps: int) -> None:
+    def loss_scale(self) -> dict[str, float]:
+        return {}
+
+    def loaded(self, optimizer_steps: int, loss_scale: dict[str, float]) -> None:
         self._optimizer.state[self._flat]["step"].fill_(float(optimizer_steps))
 
     @contextmanager

@@ -20,6 +20,7 @@ from data_pipeline.shards import Dataset
 from trainer.config import HeldoutSettings, TrainConfig
 from trainer.engine.group import Group
 from trainer.recipes import make_recipe
+from trainer.recipes.recipe import on_device
 
 Captions = Literal["right", "shuffled"]
 CAPTION_COLUMNS = ("tokens", "n_tokens")
@@ -54,8 +55,9 @@ def heldout_loss(
     loader = Loader(dataset, order, recipe.columns, prepare, micro_batches(batch, 0, 1, batch))
     with torch.no_grad():
         for micro in _batches_at(loader, starts):
-            losses = {phase: phase.loss(modules, micro.batch, micro.draws) for phase in recipe.phases()}
-            sums += torch.stack([losses[phase][name].double().sum() for phase, name in terms])
+            rows = on_device(micro.batch, group.device)
+            losses = {phase: phase.loss(modules, rows, micro.draws) for phase in recipe.phases()}
+            sums += torch.stack([losses[phase][name].double().sum().cpu() for phase, name in terms])
     means = (group.sum_(sums) / images).tolist()
     return {name: mean for (_, name), mean in zip(terms, means, strict=True)}
 

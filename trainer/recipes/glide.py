@@ -25,7 +25,7 @@ from trainer.diffusion.respacing import spaced_timesteps
 from trainer.diffusion.samplers import ancestral_sample, ddim_sample, guided
 from trainer.models.config import GlideModelConfig
 from trainer.models.glide import Glide
-from trainer.recipes.recipe import Batch, Losses, Pixels
+from trainer.recipes.recipe import Batch, Losses, Pixels, on_device
 
 STORED_SIDE = {"glide_base": 64, "glide_upsampler": 256}  # pixels of the dataset's columns
 
@@ -73,7 +73,7 @@ def to_model_range(images: NDArray[np.uint8]) -> Tensor:
 def to_pixels(images: Tensor) -> Pixels:
     """float [b, 3, H, W] in [-1, 1] -> uint8 [b, H, W, 3], rounded as in the release's two-stage sampling."""
     scaled = ((images.float() + 1.0) * 127.5).round().clamp(0, 255)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def caption_tensors(tokens: NDArray[np.uint16], n_tokens: NDArray[np.integer], context: int) -> dict[str, Tensor]:
@@ -136,10 +136,14 @@ class GlideDiffusion:
             process = self.process.respaced(settings.spacing)
         except ValueError as error:
             raise UsageError("sampling spacing", "steps such as 50 or 10,10,3,2,2", str(error), "correct it") from None
-        start = torch.from_numpy(draws.normal("start", (3, size, size))) * settings.noise_temperature
+        device = next(model.parameters()).device
+        conditions = on_device(conditions, device)
 
-        def noise(step: int) -> Tensor:
-            return torch.from_numpy(draws.normal(f"step {step}", (3, size, size)))
+        def noise(step: int | Literal["start"]) -> Tensor:
+            purpose = step if step == "start" else f"step {step}"
+            return torch.from_numpy(draws.normal(purpose, (3, size, size))).to(device)
+
+        start = noise("start") * settings.noise_temperature
 
         with torch.no_grad():
             captioned = self._encoded(model, conditions)

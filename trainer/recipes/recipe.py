@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -29,6 +30,17 @@ class Part:
     """One network; `build` makes it with its own initialisation, from torch's seed."""
 
     build: Callable[[], nn.Module]
+    # replicated: in plain torch whatever `zero.stage` says. What needs a gradient of a gradient does: ZeRO has none.
+    hold: Literal["sharded", "replicated"] = "sharded"
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch's tensors on a device; the loader's threads prepare them in this machine's memory."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def always(update: int) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,13 @@ class Phase:
     part: str
     terms: tuple[str, ...]  # names of the loss terms, "total" among them
     loss: Callable[[Mapping[str, nn.Module], Batch, Draws], Losses]
+    active: Callable[[int], bool] = always  # by number of the global batch: a penalty every 15th, a critic from n on
+    name: str = ""  # told from other phases of the same part by this
+
+    @property
+    def label(self) -> str:
+        """The phase's name in figures and in the guard's history."""
+        return self.name or self.part
 
 
 class Recipe(Protocol):

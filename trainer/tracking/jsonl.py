@@ -10,9 +10,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from trainer.tracking.tracker import Record
 
 METRICS = "metrics.jsonl"
 
@@ -35,6 +37,20 @@ class JsonlTracker:
 
     def event(self, images: int, kind: str, text: str) -> None:
         self._write({"images": images, "event": kind, "text": text})
+
+    def picture(self, images: int, key: str, png: bytes) -> None:
+        """Nothing: the run's store has it."""
+
+    def undelivered(self) -> list[Record]:
+        return []  # a line is written at once or lost
+
+    def replay(self, records: Sequence[Record]) -> None:
+        """Of a run that had another tracker before."""
+        for record in records:
+            self._write({name: value for name, value in record.items() if name != "ms"})
+
+    def close(self) -> list[Record] | None:
+        return []
 
     def _write(self, line: dict[str, Any]) -> None:
         try:

@@ -1,0 +1,319 @@
+"""`glidepath submit`: a corpus build or a training run as a Ray Job, checked here before anything starts there.
+
+Always holds: a job's id is taken once for ever (Ray refuses used ones), so two submits at one instant cannot both
+start; nothing secret is in an id, metadata, environment or entrypoint, which everybody with the dashboard can read;
+waiting or not changes nothing for the job. Called by the command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from aiohttp import ClientError
+from ray.job_submission import JobDetails, JobSubmissionClient
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+
+from cluster.console import say
+from cluster.job import RESULT
+from cluster.tracking import with_tracking_server
+from data_pipeline.config import state_folder
+from data_pipeline.corpus import CorpusConfig
+from data_pipeline.errors import UsageError, UserError
+from data_pipeline.remote_tars import public_uri
+from data_pipeline.storage import open_store
+from trainer.checkpoint.attempts import newest_attempt
+from trainer.config import TrainConfig
+from trainer.run import store_uri
+from trainer.tracking.mlflow import check_server
+from trainer.tracking.server import is_server
+
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+ANSWER_TIMEOUT_S = 10
+STOP_WAIT_S = 600  # that Ray gives the driver between SIGTERM and SIGKILL: a step, a save and its commit
+STATUS_POLL_S = 1.0
+NOT_FOR_PEOPLE = (RESULT, "Running entrypoint for job ")  # both carry a whole configuration or summary in one line
+
+
+@dataclass(frozen=True)
+class Node:
+    """A live node and what it has in all."""
+
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job is to do. `store`: where its results go; `folders`: what it reads or writes outside object stores."""
+
+    kind: str  # train, or corpus-build
+    name: str  # of the run, or corpus-<configuration's name>
+    store: str
+    values: dict[str, Any]
+    workers: int = 1  # at once, of one CPU each
+    gpus_per_worker: int = 0
+    folders: Sequence[str] = field(default=())
+
+    def metadata(self) -> dict[str, str]:
+        return {"glidepath_kind": self.kind, "glidepath_run": self.name, "glidepath_store": self.store}
+
+
+def training_work(config: TrainConfig) -> Work:
+    """The job of a training run: every folder by its absolute path, since jobs run elsewhere; the tracking server of
+    this environment. Raises UsageError."""
+    config = with_tracking_server(config)
+    store = _absolute(store_uri(config))
+    changes: dict[str, Any] = {"store": store, "dataset": _absolute_dataset(config.dataset)}
+    if config.heldout:
+        dataset = _absolute_dataset(config.heldout.dataset)
+        changes["heldout"] = config.heldout.model_copy(update={"dataset": dataset})
+    if config.tracking.uri:
+        changes["tracking"] = config.tracking.model_copy(update={"uri": _absolute(config.tracking.uri)})
+    config = config.model_copy(update=changes)
+    datasets = [config.dataset, *([config.heldout.dataset] if config.heldout else [])]
+    places = [store, *datasets, *([config.tracking.uri] if config.tracking.uri else [])]
+    return Work(
+        kind="train",
+        name=config.run,
+        store=store,
+        values=config.model_dump(mode="json"),
+        workers=config.launcher.workers if config.launcher.kind == "ray" else 0,
+        gpus_per_worker=1 if config.launcher.device == "cuda" else 0,
+        folders=[place for place in places if _is_folder(place)],
+    )
+
+
+def corpus_work(config: CorpusConfig, name: str) -> Work:
+    """The job of a corpus build; its output must be set. Raises UsageError for an address that carries a signature."""
+    assert config.output is not None
+    inputs = []
+    for entry in config.inputs:
+        if public_uri(entry.uri) != entry.uri:
+            raise UsageError(
+                f"input {public_uri(entry.uri)}",
+                "an address without query or user",
+                "one that carries credentials, which a job would show to everybody with the dashboard",
+                "build it here with `corpus build`, or give s3://…",
+            )
+        inputs.append(entry if entry.kind == "demo" else entry.model_copy(update={"uri": _absolute(entry.uri)}))
+    config = config.model_copy(update={"inputs": tuple(inputs), "output": _absolute(config.output)})
+    places = [str(config.output), *(entry.uri for entry in inputs if entry.kind != "demo")]
+    return Work(
+        kind="corpus-build",
+        name=f"corpus-{name}",
+        store=str(config.output),
+        values=config.model_dump(mode="json", exclude_unset=True),  # a filter set to null is not one that is not set
+        folders=[place for place in places if _is_folder(place)],
+    )
+
+
+def address_of(option: str | None) -> str:
+    """The cluster's address: the option, or that of the environment. Raises UsageError."""
+    named = [os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name, "").startswith("http")]
+    address = option or (named[0] if named else "")
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        found = "none" if not address else "credentials in it" if "@" in parts.netloc else address
+        raise UsageError(
+            "--address", "http(s)://HOST:PORT of a Ray dashboard", found, f"give it, or set {ADDRESS_VARIABLES[0]}"
+        )
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+class Cluster:
+    """A Ray cluster by the address of its dashboard, with the Jobs API."""
+
+    def __init__(self, address: str) -> None:
+        """Raises UserError, within seconds, if no cluster answers there."""
+        self.address = address
+        self.nodes = self._live_nodes()
+        self.client = self._connect()
+
+    def submit(self, work: Work) -> str:
+        """Start the job; its submission id. Raises UserError if it cannot run there, or runs already."""
+        refuse_unfit(self.nodes, work)
+        attempts = _check_store(work.store) if work.kind == "train" else _check_output(work.store)
+        _check_tracking(work)
+        jobs = self.client.list_jobs()
+        refuse_running(jobs, work)
+        submission_id = f"{work.name}-{next_number(jobs, work.name, attempts)}"
+        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "RAY_COLOR_PREFIX": "0"}  # a log is a file
+        if len(self.nodes) == 1:
+            environment["GLIDEPATH_HOME"] = str(state_folder().absolute())  # names of datasets mean the same there
+        document = json.dumps({"name": work.name, "values": work.values})
+        try:
+            self.client.submit_job(
+                entrypoint=f"exec python -m cluster.job {work.kind} {shlex.quote(document)}",
+                submission_id=submission_id,
+                runtime_env={"env_vars": environment},
+                metadata=work.metadata(),
+            )
+        except RuntimeError as error:
+            raise _refused(submission_id, error) from None
+        return submission_id
+
+    def follow(self, submission_id: str) -> dict[str, Any]:
+        """Show the job's log until it ends; its summary. Raises UserError as the job did."""
+        try:
+            asyncio.run(self._show_log(submission_id))
+        except (RuntimeError, ClientError) as error:
+            say(f"the log of {submission_id} is cut off here ({error}); waiting for the job's end")
+        while not (info := self.client.get_job_info(submission_id)).status.is_terminal():
+            time.sleep(STATUS_POLL_S)  # the Jobs API tells nobody when a job ends
+        return result_of(submission_id, str(info.status), self.client.get_job_logs(submission_id))
+
+    async def _show_log(self, submission_id: str) -> None:
+        async for chunk in self.client.tail_job_logs(submission_id):
+            for line in chunk.splitlines():
+                if not line.startswith(NOT_FOR_PEOPLE):
+                    say(line)
+
+    def _live_nodes(self) -> list[Node]:
+        try:
+            found = list_nodes(address=self.address, timeout=ANSWER_TIMEOUT_S, raise_on_missing_output=False)
+        except (RayStateApiException, requests.RequestException, ValueError) as error:
+            reason = "no answer" if isinstance(error, RayStateApiException) else type(error).__name__
+            raise UserError(
+                f"Ray cluster {self.address}",
+                "a dashboard with the Jobs API",
+                reason,
+                "check --address, or start a stack here with `glidepath up`",
+            ) from None
+        return [
+            Node(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+            for total in (node.resources_total or {} for node in found if node.state == "ALIVE")
+        ]
+
+    def _connect(self) -> JobSubmissionClient:
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+        try:
+            return JobSubmissionClient(self.address)
+        except (RuntimeError, OSError) as error:  # requests' errors are OSErrors
+            raise UserError(f"Ray cluster {self.address}", "its Jobs API", str(error), "check --address") from None
+
+
+def refuse_unfit(nodes: Sequence[Node], work: Work) -> None:
+    """Raise UserError if the work does not fit onto the nodes, were they empty, or lies where they cannot reach."""
+    if work.gpus_per_worker:
+        room = sum(min(node.cpus, node.gpus // work.gpus_per_worker) for node in nodes)
+    else:
+        room = sum(node.cpus for node in nodes)
+    if room < work.workers:
+        cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+        each = "1 CPU" + (" and 1 GPU" if work.gpus_per_worker else "")
+        raise UserError(
+            "Ray cluster",
+            f"room for {work.workers} workers of {each} each",
+            f"{cpus} CPUs and {gpus} GPUs on {len(nodes)} nodes",
+            "lower launcher.workers, or add nodes",
+        )
+    if len(nodes) > 1 and work.folders:
+        raise UserError(
+            f"folder {work.folders[0]}",
+            f"a place that all {len(nodes)} nodes of the cluster reach",
+            "a folder of one machine",
+            "put it at s3://…",
+        )
+
+
+def refuse_running(jobs: Sequence[JobDetails], work: Work) -> None:
+    """Raise UserError if a job that is not over writes to the same store."""
+    for job in jobs:
+        about = job.metadata or {}
+        if not job.status.is_terminal() and about.get("glidepath_store") == work.store:
+            raise UserError(
+                f"{about['glidepath_run']} in {work.store}",
+                "no job of it under way",
+                f"job {job.submission_id}, {job.status}",
+                f"wait for it, or end it: ray job stop {job.submission_id}",
+            )
+
+
+def next_number(jobs: Sequence[JobDetails], name: str, attempts: int) -> int:
+    """One more than the attempts of the run and than the numbers of its earlier jobs, which Ray never takes again."""
+    pattern = re.compile(re.escape(name) + r"-(\d+)")
+    matches = (pattern.fullmatch(job.submission_id or "") for job in jobs)
+    return 1 + max([attempts, *(int(match[1]) for match in matches if match)])
+
+
+def result_of(submission_id: str, status: str, logs: str) -> dict[str, Any]:
+    """The summary that a job ended with. Raises UserError as it did, or when it ended without one."""
+    lines = logs.splitlines()
+    found = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
+    result: dict[str, Any] = json.loads(found[-1]) if found else {}
+    if "fields" in result:
+        raise UserError(*result["fields"])
+    if not result or "error" in result:
+        last = result.get("error") or next((line for line in reversed(lines) if line.strip()), "an empty log")
+        raise UserError(
+            f"job {submission_id}", "a result", f"{status}: {last}", f"see its log: ray job logs {submission_id}"
+        )
+    return {**result, "submission_id": submission_id}
+
+
+def _refused(submission_id: str, error: RuntimeError) -> UserError:
+    if "already exists" in str(error):
+        return UserError(
+            f"job {submission_id}", "an id that is free", "one that another submit has just taken", "wait for that job"
+        )
+    last = next((line for line in reversed(str(error).splitlines()) if line.strip(" .")), "")
+    return UserError(f"job {submission_id}", "to be taken by the cluster", last, "see the dashboard's log")
+
+
+def _check_store(uri: str) -> int:
+    """The run's attempts so far. Raises UserError if the store cannot be used."""
+    if not _may_look(uri):
+        return 0
+    store = open_store(uri)
+    store.check()
+    return newest_attempt(store)
+
+
+def _check_output(uri: str) -> int:
+    if _may_look(uri):
+        open_store(uri).check()
+    return 0
+
+
+def _may_look(uri: str) -> bool:
+    """Whether this machine can ask the store: a submitter may have no credentials, then the job asks."""
+    if not uri.startswith("s3://"):
+        return True
+    from data_pipeline.storage.s3 import credentials_found
+
+    if not credentials_found():
+        say(f"no AWS credentials here: the job will check {uri}")
+        return False
+    return True
+
+
+def _check_tracking(work: Work) -> None:
+    uri = work.values.get("tracking", {}).get("uri")
+    if uri and is_server(uri):
+        check_server(uri)
+
+
+def _is_folder(uri: str) -> bool:
+    return "://" not in uri or uri.startswith("file://")
+
+
+def _absolute(uri: str) -> str:
+    return str(Path(uri).absolute()) if "://" not in uri else uri
+
+
+def _absolute_dataset(name: str) -> str:
+    """A name without a slash is one of the state folder, as trainer.run.dataset_uri has it."""
+    return _absolute(name) if "/" in name else name

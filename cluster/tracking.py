@@ -1,0 +1,169 @@
+"""The driver's side of tracking: one MLflow run for a training run, over all its attempts.
+
+Always holds: a server that does not answer refuses the first attempt, before a worker or a record of it exists; once
+the run's id is known a dead server holds nothing up, neither a restart nor the end. Called by cluster.training
+and the demo.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from types import TracebackType
+
+from cluster.launch import Event
+from data_pipeline.errors import UserError
+from data_pipeline.shards import open_dataset
+from data_pipeline.storage import open_store
+from trainer.config import TrainConfig
+from trainer.run import dataset_uri, run_identity, store_uri, tracking_folder
+from trainer.tracking.jsonl import read_curves, read_events
+from trainer.tracking.mlflow import (
+    DatasetUse,
+    RunAbout,
+    Status,
+    check_server,
+    end_run,
+    event_positions,
+    first_heldout,
+    open_run,
+)
+from trainer.tracking.server import is_server, tracking_uri
+from trainer.tracking.spool import ServerFailed
+from trainer.tracking.tracker import HELDOUT
+
+log = logging.getLogger(__name__)
+
+NOTE_DEADLINE_S = 10.0  # how long the end of a run waits for notes of its last attempt
+
+
+def with_tracking_server(config: TrainConfig) -> TrainConfig:
+    """The configuration with the tracking server of the environment, where it names none itself. Workers may have
+    another environment. Raises UsageError as `tracking_uri` does."""
+    uri = tracking_uri(config.tracking.uri, os.environ)
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+
+
+class TrackedRun:
+    """A training run on its tracking server, if it has one. A context: leaving it notes how the run ended."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Raises UserError if there is a server and it does not answer."""
+        self._config = config
+        self._uri = config.tracking.uri if config.tracking.uri and is_server(config.tracking.uri) else None
+        self._notes: list[threading.Thread] = []
+        self._restart_reason = ""
+        self.mlflow_run_id: str | None = None
+        if self._uri:
+            check_server(self._uri)
+
+    def begin(self, attempt: int) -> None:
+        """Open the run, or note another attempt of it. Raises UserError if the first of this driver cannot."""
+        if self._uri is None:
+            return
+        if self.mlflow_run_id is None:
+            self.mlflow_run_id = open_run(self._uri, self._about(attempt))
+        else:
+            # Not waited for: recovery is not for a tracking server to hold up.
+            uri = self._uri
+            self._note(lambda: open_run(uri, self._about(attempt)))
+
+    def watch(self, event: Event) -> None:
+        """Of the driver's events, what the next attempt's notes say."""
+        if event["event"] == "restart":
+            self._restart_reason = event["reason"]
+
+    def __enter__(self) -> TrackedRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            return
+        self.end("FAILED" if issubclass(kind, Exception) else "KILLED")  # what is no Exception is an interruption
+
+    def end(self, status: Status) -> None:
+        """Note how the run stands. Without an answer it stays as it was, with a warning."""
+        for note in self._notes:
+            note.join(NOTE_DEADLINE_S)
+        if self._uri and self.mlflow_run_id:
+            try:
+                end_run(self._uri, self.mlflow_run_id, status)
+            except ServerFailed as failure:
+                log.warning("tracking server %s: the run's status %s was not noted: %s", self._uri, status, failure)
+
+    def _note(self, call: Callable[[], object]) -> None:
+        def run() -> None:
+            try:
+                call()
+            except UserError as error:
+                log.warning("%s", error)
+
+        self._notes.append(threading.Thread(target=run, name="tracking-note", daemon=True))
+        self._notes[-1].start()
+
+    def _about(self, attempt: int) -> RunAbout:
+        config = self._config
+        uses = [(config.dataset, "training")] + ([(config.heldout.dataset, "evaluation")] if config.heldout else [])
+        datasets = []
+        for name, context in uses:
+            dataset = open_dataset(dataset_uri(name))
+            uri = f"{dataset.store.uri}/{dataset.prefix}".rstrip("/")
+            datasets.append(DatasetUse(name, dataset.id, uri, context))
+        tags = {
+            "world_size": str(config.launcher.workers),
+            "launcher": config.launcher.kind,
+            "zero_stage": str(config.zero.stage),
+            "code_version": metadata.version("glidepath"),
+        }
+        if job := ray_job():
+            tags["job"] = job
+        return RunAbout(
+            identity=run_identity(config),
+            run=config.run,
+            store=open_store(store_uri(config)).uri,
+            config=config.model_dump(mode="json"),
+            attempt=attempt,
+            datasets=tuple(datasets),
+            attempt_tags=tags,
+            restart_reason=self._restart_reason,
+        )
+
+
+def heldout_of(config: TrainConfig, result: Event, mlflow_run_id: str | None) -> dict[str, dict[str, float]]:
+    """The first and the last held-out losses of a run; {} for a first one that a dead tracking server keeps."""
+    uri = config.tracking.uri
+    if mlflow_run_id and uri:
+        first = result["heldout_at_0"]
+        if not first:  # an attempt before this one was at 0
+            with suppress(ServerFailed):
+                first = first_heldout(uri, mlflow_run_id)
+        return {"first": first, "last": result["heldout"]}
+    curves = read_curves(tracking_folder(config))
+    heldout = {name.removeprefix(HELDOUT): curve for name, curve in curves.items() if name.startswith(HELDOUT)}
+    return {
+        "first": {name: curve[min(curve)] for name, curve in heldout.items()},
+        "last": {name: curve[max(curve)] for name, curve in heldout.items()},
+    }
+
+
+def resumed_at(config: TrainConfig, mlflow_run_id: str | None) -> list[int]:
+    """Images at which the run went on after an interruption, ascending. Raises UserError if its server is dead."""
+    uri = with_tracking_server(config).tracking.uri
+    if mlflow_run_id is None or uri is None:
+        return sorted(event["images"] for event in read_events(tracking_folder(config), "resume"))
+    try:
+        return event_positions(uri, mlflow_run_id, "resume")
+    except ServerFailed as failure:
+        raise UserError(f"tracking server {uri}", "an answer", str(failure), "start it and run again") from None
+
+
+def ray_job() -> str | None:
+    """The submission id of the Ray job that this process drives. None elsewhere."""
+    job_config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    submission = job_config.get("metadata", {}).get("job_submission_id")
+    return str(submission) if submission else None

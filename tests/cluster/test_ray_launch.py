@@ -1,0 +1,207 @@
+"""Tasks and worker groups on a real Ray: errors, killed processes, and runs that go on as if nothing had happened.
+
+Each test's driver is a process of its own, as in a job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.storage import LocalStore
+from trainer.checkpoint.manifest import committed, read_manifest
+from trainer.stop import read_end
+
+Values = Callable[..., dict[str, Any]]
+Driver = Callable[..., subprocess.Popen[str]]
+
+TASKS = """
+import json, os, signal, sys
+from pathlib import Path
+from cluster.executors import RayExecutor
+from cluster.ray_cluster import connected
+from data_pipeline.errors import UserError
+
+marks = Path(sys.argv[1])
+
+def square(number):
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    return number ** 2, os.getpid()
+
+def refuse(number):
+    if number == 7:
+        raise UserError(f"item {number}", "another", "this", "give up")
+    return number
+
+def die_once(number):
+    try:
+        (marks / str(number)).touch(exist_ok=False)
+    except FileExistsError:
+        return number
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def error_of(results):
+    try:
+        list(results)
+    except UserError as error:
+        return str(error)
+
+with connected():
+    executor = RayExecutor(2)
+    taken = []
+    results = executor.map(square, (taken.append(number) or number for number in range(40)))
+    first, in_flight = next(results), len(taken)
+    squares = [first, *results]
+    found = {
+        "squares": sorted(number for number, _ in squares),
+        "elsewhere": os.getpid() not in {pid for _, pid in squares},
+        "in_flight": in_flight,
+        "refused": error_of(executor.map(refuse, range(100))),
+        "retried": sorted(executor.map(die_once, range(3))),
+        "hopeless": error_of(executor.map(die, [1])),
+        "after": list(executor.map(refuse, [1])),
+    }
+print("FOUND", json.dumps(found))
+"""
+
+RUN = """
+import json, logging, sys
+from cluster.cli import load_train_config
+from cluster.training import train_run
+
+logging.basicConfig(level=logging.INFO)
+report = lambda event: print("EVENT", json.dumps(event), flush=True)
+report({"event": "summary", **train_run(load_train_config(sys.argv[1], []), report)})
+"""
+
+
+def events_of(driver: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if line.startswith("EVENT "):
+            yield json.loads(line.removeprefix("EVENT "))
+
+
+@pytest.fixture
+def driver(stack: Any, tmp_path: Path) -> Iterator[Driver]:
+    """Start Python code as a driver of the stack's Ray; its stderr goes to `stderr` in the test's folder."""
+    gcs = json.loads((stack.home / "stack" / "stack.json").read_text())["ports"]["gcs"]
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, **stack.env, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
+        environment.pop("MLFLOW_TRACKING_URI")
+        with open(tmp_path / "stderr", "w") as stderr:
+            command = [sys.executable, "-c", code, *arguments]
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    """Whether all end within that time. Polled: they are not our children."""
+    until = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def final_digests(store: str, images: int) -> list[str]:
+    name = committed(LocalStore(Path(store)))[0]
+    assert name.position == images
+    return [part.sha256 for part in read_manifest(LocalStore(Path(store)), name.manifest_key).parts]
+
+
+def config_file(values: dict[str, Any]) -> str:
+    path = Path(f"{values['run']}.yaml").absolute()
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_tasks_keep_what_an_executor_promises_and_a_killed_one_is_tried_again(driver: Driver, tmp_path: Path) -> None:
+    stdout, _ = driver(TASKS, str(tmp_path)).communicate(timeout=60)
+    stderr = (tmp_path / "stderr").read_text()
+    assert "FOUND" in stdout, stderr
+    found = json.loads(stdout.rpartition("FOUND ")[2])
+    assert found["squares"] == [number**2 for number in range(40)] and found["elsewhere"]
+    assert found["in_flight"] <= 3
+    assert found["refused"] == "item 7: expected another, found this; give up"
+    assert found["retried"] == [0, 1, 2] and found["after"] == [1]
+    assert found["hopeless"].startswith("corpus task: expected to live through one of 4 tries")
+    assert "retry: a corpus task died" in stderr
+
+
+def test_a_killed_worker_is_followed_by_an_attempt_that_ends_as_if_nothing_had_happened(
+    driver: Driver, train_values: Values, tmp_path: Path
+) -> None:
+    whole = train_values("whole", images=160, launcher={"workers": 2})
+    killed = train_values("killed", images=160, launcher={"kind": "ray", "workers": 2})
+    assert list(events_of(driver(RUN, config_file(whole))))[-1]["event"] == "summary"
+
+    events: list[dict[str, Any]] = []
+    for event in events_of(driver(RUN, config_file(killed))):
+        events.append(event)
+        if event["event"] == "progress" and event["images"] == 80 and not os.path.exists("done"):
+            Path("done").touch()
+            os.kill(events[0]["pids"][1], signal.SIGKILL)
+    stderr = (tmp_path / "stderr").read_text()
+    started = [event for event in events if event["event"] == "started"]
+    assert len(started) == 2, stderr
+    assert all(on_main for event in started for on_main in event["on_main_thread"])
+    assert not set(started[0]["pids"]) & set(started[1]["pids"])
+    [restart] = [event for event in events if event["event"] == "restart"]
+    assert "worker 1" in restart["reason"] and "restart: attempt 1" in stderr
+
+    summary = events[-1]
+    assert summary["images"] == 160 and summary["attempt"] == 2 and not summary["stopped"]
+    second = events[events.index(started[1]) :]
+    resumed_at = next(event["images"] for event in second if event["event"] == "progress") - 16
+    assert resumed_at >= 16 and f"resume: from images-{resumed_at:09d}/attempt-1" in stderr
+    assert final_digests(killed["store"], 160) == final_digests(whole["store"], 160)
+    ends = [read_end(LocalStore(Path(killed["store"])), attempt) for attempt in (1, 2)]
+    assert [end.outcome for end in ends if end] == ["died", "finished"]
+    assert gone(started[1]["pids"], 20)
+
+
+def test_workers_end_when_their_driver_is_killed(driver: Driver, train_values: Values) -> None:
+    values = train_values(images=10**6, launcher={"kind": "ray", "workers": 2})
+    process = driver(RUN, config_file(values))
+    events = events_of(process)
+    started = next(events)
+    assert next(events)["event"] == "progress" and len(started["pids"]) == 2
+    process.kill()
+    assert gone(started["pids"], 30)
+
+
+def test_a_refusal_of_a_worker_arrives_as_it_was_and_is_not_tried_again(
+    driver: Driver, train_values: Values, tmp_path: Path
+) -> None:
+    values = train_values(images=64, launcher={"kind": "ray", "workers": 2})
+    assert list(events_of(driver(RUN, config_file(values))))[-1]["event"] == "summary"
+    for manifest in Path(values["store"]).glob("checkpoints/*/*/manifest.json"):
+        manifest.write_bytes(b"{}")
+    events = list(events_of(driver(RUN, config_file(values | {"images": 96}))))
+    stderr = (tmp_path / "stderr").read_text()
+    assert [event["event"] for event in events] == ["started"]
+    assert stderr.rstrip().splitlines()[-1].startswith("data_pipeline.errors.UserError: run")
+    end = read_end(LocalStore(Path(values["store"])), 2)
+    assert end is not None and end.outcome == "failed"

@@ -1,0 +1,343 @@
+"""Everything that speaks to MLflow: one run on its server per training run, found again by tag.
+
+Always holds: params are logged once, what an attempt may change stands in tags; the metrics of the run have one point
+per update, held-out figures go to a child run; MLflow's step is images; nothing here retries: the driver refuses to
+start, the tracker's thread has its own back-off. Called by the driver (`open_run`, `end_run`), by rank 0's tracker
+(`MlflowServer`), and by the command line and the demo, which read. Importing mlflow takes seconds, so that happens in
+`_client`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import yaml
+
+from data_pipeline.errors import UserError
+from trainer.tracking.runs import RunFigures, flat_text
+from trainer.tracking.spool import Point, ServerFailed
+from trainer.tracking.tracker import HELDOUT, Record
+
+log = logging.getLogger(__name__)
+
+EXPERIMENT = "glidepath"
+RUN, STORE, ATTEMPT = "glidepath.run", "glidepath.store", "glidepath.attempt"
+IDENTITY, PART = "glidepath.identity", "glidepath.part"
+PARENT = "mlflow.parentRunId"
+# MLflow's own limits (mlflow/utils/validation.py); older servers have the smaller one of tags.
+PARAM_CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS, ENTITIES = 6000, 5000, 36, 100
+RUNS_PER_PAGE = 1000
+
+# One try per request: by default the client retries for minutes, during which nobody is told anything. It reads these
+# from the environment only.
+CHECK_TIMEOUT_S, TIMEOUT_S = 8, 20
+CLIENT_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+}
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class DatasetUse:
+    """A dataset of a run. `context`: training or evaluation."""
+
+    name: str
+    id: str
+    uri: str
+    context: str
+
+
+@dataclass(frozen=True)
+class RunAbout:
+    """What the driver knows of a run and this attempt. `identity`: of the run's store, the same at each attempt."""
+
+    identity: str
+    run: str
+    store: str
+    config: dict[str, Any]
+    attempt: int
+    datasets: tuple[DatasetUse, ...]
+    restart_reason: str  # why this driver started it again; else empty
+    attempt_tags: dict[str, str]  # world_size, zero_stage, job, code_version: what attempts differ in
+
+
+def check_server(uri: str) -> None:
+    """Raise UserError if the server does not answer, within about 10 s."""
+    with _refusing(uri):
+        _experiment(_client(uri, CHECK_TIMEOUT_S))
+
+
+def open_run(uri: str, about: RunAbout) -> str:
+    """The id of the run on the server, made if it is not there yet; it is RUNNING now. Raises UserError."""
+    with _refusing(uri):
+        client = _client(uri)
+        experiment = _experiment(client)
+        tags = {IDENTITY: about.identity, RUN: about.run, STORE: about.store}
+        run_id = _find_or_create(client, experiment, IDENTITY, about.identity, tags, about.run)
+        client.update_run(run_id, status="RUNNING")
+        _log_settings(client, run_id, about)
+        _log_datasets(client, run_id, about)
+        if about.config.get("heldout"):
+            _heldout_run(client, run_id)
+    _store_config(uri, run_id, about)
+    return run_id
+
+
+def end_run(uri: str, run_id: str, status: Status) -> None:
+    """Note how the run stands now. Raises ServerFailed."""
+    with _failing():
+        _client(uri, CHECK_TIMEOUT_S).update_run(run_id, status=status)
+
+
+def list_runs(uri: str) -> list[RunFigures]:
+    """Every training run of the server, newest first. Raises UserError."""
+    with _refusing(uri):
+        client = _client(uri)
+        found = _search(client, _experiment(client), f"tags.`{RUN}` LIKE '%'")
+        children = {
+            run.data.tags[PARENT]: run for run in _search(client, _experiment(client), f"tags.`{PART}` = 'heldout'")
+        }
+        return [_figures(run, children.get(run.info.run_id)) for run in reversed(found)]
+
+
+def first_heldout(uri: str, run_id: str) -> dict[str, float]:
+    """The run's first held-out figures, by term. Raises ServerFailed."""
+    with _failing():
+        client = _client(uri)
+        child = _heldout_run(client, run_id)
+        histories = {name: client.get_metric_history(child, name) for name in client.get_run(child).data.metrics}
+    first = {name: min(history, key=lambda metric: metric.step).value for name, history in histories.items()}
+    return {name.removeprefix(HELDOUT): value for name, value in first.items()}
+
+
+def event_positions(uri: str, run_id: str, kind: str) -> list[int]:
+    """Images at which events of a kind happened, ascending. Raises ServerFailed."""
+    with _failing():
+        tags = _client(uri).get_run(run_id).data.tags
+    parts = [key.split("/") for key in tags if key.startswith("event/")]
+    return sorted(int(images) for _, images, _, found in parts if found == kind)
+
+
+class MlflowServer:
+    """See PictureServer. Made on the tracker's thread."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        """Raises ServerFailed when mlflow is not installed."""
+        with _failing():
+            self._client = _client(uri)
+        self._run_id = run_id
+        self._heldout: str | None = None
+
+    def claim(self, attempt: int) -> int:
+        with _failing():
+            newest = int(self._client.get_run(self._run_id).data.tags.get(ATTEMPT, 0))
+            if newest < attempt:
+                self._client.set_tag(self._run_id, ATTEMPT, str(attempt))
+            return max(newest, attempt)
+
+    def newest_steps(self) -> dict[str, int]:
+        with _failing():
+            steps = {}
+            for run_id in (self._run_id, self._heldout_id()):
+                # The server keeps the newest point of each metric by step; only the message has the step of it.
+                for metric in self._client.get_run(run_id).data.to_proto().metrics:
+                    steps[metric.key] = metric.step
+            return steps
+
+    def send(self, points: list[Point], events: list[Record]) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        tags = [RunTag(event_tag(event), event["text"][:TAG_CHARACTERS]) for event in events]
+        metrics: dict[bool, list[Metric]] = {False: [], True: []}
+        for point in points:
+            metric = Metric(point.name, point.value, point.ms, point.images)
+            metrics[point.name.startswith(HELDOUT)].append(metric)
+        with _failing():
+            if metrics[True]:
+                self._client.log_batch(self._heldout_id(), metrics=metrics[True])
+            if metrics[False] or tags:
+                self._client.log_batch(self._run_id, metrics=metrics[False], tags=tags)
+
+    def send_picture(self, key: str, png: bytes) -> None:
+        with _failing(), TemporaryDirectory(prefix="glidepath-") as folder:
+            path = Path(folder, Path(key).name)
+            path.write_bytes(png)
+            self._client.log_artifact(self._run_id, str(path), str(Path(key).parent))
+
+    def _heldout_id(self) -> str:
+        if self._heldout is None:
+            self._heldout = _heldout_run(self._client, self._run_id)
+        return self._heldout
+
+
+def event_tag(event: Record) -> str:
+    """The tag that holds an event: the same when it is sent again."""
+    return f"event/{event['images']}/{event['attempt']}/{event['event']}"
+
+
+def _client(uri: str, timeout_s: int = TIMEOUT_S) -> Any:
+    """mlflow's client; the timeout holds for all clients of this process. Raises UserError when it is not installed."""
+    os.environ.update(CLIENT_ENVIRONMENT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)})
+    try:
+        from mlflow.tracking import MlflowClient
+    except ImportError as error:
+        raise UserError(
+            f"tracking server {uri}", "mlflow to be installed", str(error), "pip install 'glidepath[cluster]'"
+        ) from None
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Whatever the client raises as ServerFailed, in one line."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, requests.RequestException, OSError, UserError) as error:
+        raise ServerFailed(_one_line(error)) from None
+
+
+@contextmanager
+def _refusing(uri: str) -> Iterator[None]:
+    """The same as UserError, for the driver and the command line."""
+    _client(uri)  # first: without mlflow, its exceptions cannot be imported either
+    try:
+        with _failing():
+            yield
+    except ServerFailed as error:
+        raise UserError(
+            f"tracking server {uri}",
+            "an answer",
+            str(error),
+            "start it (glidepath up, or mlflow server), correct tracking.uri, or unset it to log to a folder",
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    """An exception's message without what surrounds it: the client nests three libraries' messages in each other."""
+    text = " ".join(str(error).split())
+    for sign, meaning in (("Connection refused", "connection refused"), ("timed out", "no answer in time")):
+        if sign in text:
+            return meaning
+    return text[:300]
+
+
+def _experiment(client: Any) -> str:
+    """The id of the experiment, made if it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        try:
+            return str(client.create_experiment(EXPERIMENT))
+        except MlflowException:
+            found = client.get_experiment_by_name(EXPERIMENT)  # another driver was quicker
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def _search(client: Any, experiment: str, condition: str) -> list[Any]:
+    """All runs that meet a condition, oldest first."""
+    runs, token = [], None
+    while True:
+        page = client.search_runs([experiment], condition, 1, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _find_or_create(client: Any, experiment: str, key: str, value: str, tags: dict[str, str], name: str) -> str:
+    """The oldest run with that tag. Where two make it at the same time, both then see the oldest, and it stays."""
+    condition = f"tags.`{key}` = '{value}'"
+    found = _search(client, experiment, condition)
+    if not found:
+        made = client.create_run(experiment, tags=tags, run_name=name)
+        found = _search(client, experiment, condition)
+        if found[0].info.run_id != made.info.run_id:
+            client.delete_run(made.info.run_id)
+    return str(found[0].info.run_id)
+
+
+def _heldout_run(client: Any, parent: str) -> str:
+    """The child run that held-out figures go to."""
+    run = client.get_run(parent)
+    tags = {PARENT: parent, PART: "heldout"}
+    name = f"{run.info.run_name} held-out"
+    return _find_or_create(client, run.info.experiment_id, PARENT, parent, tags, name)
+
+
+def _log_settings(client: Any, run_id: str, about: RunAbout) -> None:
+    """Params that are not there yet (a param never changes on a server), and the tags of this attempt."""
+    from mlflow.entities import Param, RunTag
+
+    data = client.get_run(run_id).data
+    there = data.params
+    flat = {key: value[:PARAM_CHARACTERS] for key, value in flat_text(about.config).items()}
+    missing = [Param(key, value) for key, value in flat.items() if key not in there]
+    for start in range(0, len(missing), ENTITIES):
+        client.log_batch(run_id, params=missing[start : start + ENTITIES])
+    changed = {
+        f"config.{key}": value
+        for key, value in flat.items()
+        if there.get(key, value) != value or f"config.{key}" in data.tags  # also one that was changed back
+    }
+    tags = {ATTEMPT: str(about.attempt), STORE: about.store}
+    tags |= {f"glidepath.{key}": value for key, value in about.attempt_tags.items()} | changed
+    if about.restart_reason:
+        tags[f"event/0/{about.attempt}/restart"] = about.restart_reason
+    tags |= {f"glidepath.dataset.{use.context}": use.id for use in about.datasets}
+    client.log_batch(run_id, tags=[RunTag(key, value[:TAG_CHARACTERS]) for key, value in tags.items()])
+
+
+def _log_datasets(client: Any, run_id: str, about: RunAbout) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = []
+    for use in about.datasets:
+        source = json.dumps({"uri": use.uri, "id": use.id})
+        kind = use.uri.partition("://")[0] if "://" in use.uri else "local"
+        dataset = Dataset(use.name, use.id[:DIGEST_CHARACTERS], kind, source)
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", use.context)]))
+    client.log_inputs(run_id, inputs)
+
+
+def _store_config(uri: str, run_id: str, about: RunAbout) -> None:
+    """The whole resolved configuration as a file of the run. A broken artifact store is no reason not to train."""
+    try:
+        with _failing():
+            text = yaml.safe_dump(about.config, sort_keys=False)
+            _client(uri).log_text(run_id, text, f"config/attempt-{about.attempt:05d}.yaml")
+    except ServerFailed as error:
+        log.warning("tracking server %s: the configuration was not stored as an artifact: %s", uri, error)
+
+
+def _figures(run: Any, heldout: Any) -> RunFigures:
+    """A run of the server as the command line shows it."""
+    tags, message = run.data.tags, run.data.to_proto()
+    metrics = dict(run.data.metrics) | (dict(heldout.data.metrics) if heldout else {})
+    changed = {key.removeprefix("config."): value for key, value in tags.items() if key.startswith("config.")}
+    return RunFigures(
+        run=tags[RUN],
+        store=tags.get(STORE, ""),
+        mlflow_run_id=run.info.run_id,
+        status=run.info.status,
+        images=max((metric.step for metric in message.metrics), default=0),
+        updated_ms=max((metric.timestamp for metric in message.metrics), default=run.info.start_time),
+        params=run.data.params | changed,
+        metrics=metrics,
+    )
