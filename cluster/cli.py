@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.console import progress_bar, say, show
+from cluster.console import failure_line, progress_bar, say, show
 from data_pipeline.config import find_config, read_values, state_folder
 from data_pipeline.errors import UsageError, UserError
 
@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         return _fail(" ".join(str(error).split()) or "expected a command, found none", 2, arguments)
     except OSError as error:
-        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1, arguments)
+        return _fail(failure_line(error), 1, arguments)
     except (typer.Abort, Interrupted):
         return _fail("interrupted; the same command goes on from what is committed", 1, arguments)
 

@@ -29,6 +29,11 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
 
 
+def failure_line(error: OSError) -> str:
+    """What failed and how, in one line, of an error of a disk or a store."""
+    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+
+
 def say(text: str) -> None:
     """A line for people, on stderr."""
     stderr.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -14,8 +14,9 @@ import threading
 import time
 from typing import Any
 
+from cluster.console import failure_line
 from cluster.ray_cluster import connected
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UsageError, UserError
 
 log = logging.getLogger("glidepath")
 
@@ -34,10 +35,11 @@ def main() -> int:
         with connected():
             result = {"train": train, "corpus-build": build}[kind](document["values"], document["name"])
     except UserError as error:
-        return _end({"error": str(error), "fields": error.fields()}, f"error: {error}\n")
+        return _fail(str(error), fields=error.fields(), usage=isinstance(error, UsageError))
+    except OSError as error:
+        return _fail(failure_line(error))
     except Stopped:
-        message = "stopped; the same submit goes on from what is committed"
-        return _end({"error": message}, f"error: {message}\n")
+        return _fail("stopped; the same submit goes on from what is committed")
     return _end(result)
 
 
@@ -74,6 +76,10 @@ def build(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _say_pass(stage: str, done: int, total: int) -> None:
     log.info("%s: %d of %d", stage, done, total)
+
+
+def _fail(message: str, **about: Any) -> int:
+    return _end({"error": message, **about}, f"error: {message}\n")
 
 
 def _end(result: dict[str, Any], for_people: str = "") -> int:

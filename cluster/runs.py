@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from trainer.tracking.mlflow import list_runs
 from trainer.tracking.runs import RunFigures, flat_text
 from trainer.tracking.server import is_server, tracking_uri
 
+log = logging.getLogger(__name__)
+
 IDENTIFIES = ("run", "store")  # settings that tell runs apart rather than compare them
 MLFLOW_STATUS = {None: "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "died": "FAILED"}
 Row = dict[str, Any]
@@ -33,13 +36,19 @@ Row = dict[str, Any]
 def known_runs(tracking: str | None) -> list[RunFigures]:
     """All runs, newest first: of the tracking server that is given or in the environment, else of the state folder.
 
-    Raises UserError if that server does not answer.
+    A run of the state folder that cannot be read is left out with a warning. Raises UserError if the server does not
+    answer.
     """
     uri = tracking_uri(tracking, os.environ)
     if uri is not None and is_server(uri):
         return list_runs(uri)
-    folders = (state_folder() / "runs").glob("*/attempts")
-    return sorted((run_of_folder(str(folder.parent)) for folder in folders), key=lambda run: -run.updated_ms)
+    runs = []
+    for attempts in (state_folder() / "runs").glob("*/attempts"):
+        try:
+            runs.append(run_of_folder(str(attempts.parent)))
+        except (UserError, OSError) as error:
+            log.warning("left out: %s", error)
+    return sorted(runs, key=lambda run: -run.updated_ms)
 
 
 def run_of_folder(uri: str) -> RunFigures:

@@ -174,6 +174,8 @@ def _start_missing(folder: Path, record: Record) -> None:
         launch = _launch_digest(service)
         if service.name in kept and record.launches.get(service.name) == launch:
             continue
+        if service.name == "ray" and service.name in kept:
+            _stop_jobs(service.url)
         _end(folder, record, service.name)
         output = _log_file(folder, service.name)
         if output.exists():
@@ -304,7 +306,8 @@ def _answers(service: Service) -> bool:
 
 
 def _launch_digest(service: Service) -> str:
-    said = json.dumps([service.argv, sorted(service.environment.items())])
+    # Not PATH: it differs from shell to shell, and a running Ray with its jobs must not end for that.
+    said = json.dumps([service.argv, sorted(item for item in service.environment.items() if item[0] != "PATH")])
     return hashlib.sha256(said.encode()).hexdigest()
 
 

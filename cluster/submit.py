@@ -14,14 +14,16 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
 from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
@@ -32,7 +34,8 @@ from cluster.tracking import with_tracking_server
 from data_pipeline.config import state_folder
 from data_pipeline.corpus import CorpusConfig
 from data_pipeline.errors import UsageError, UserError
-from data_pipeline.remote_tars import public_uri
+from data_pipeline.remote_tars import is_remote, public_uri
+from data_pipeline.sources import Input
 from data_pipeline.storage import open_store
 from trainer.checkpoint.attempts import newest_attempt
 from trainer.config import TrainConfig
@@ -44,7 +47,12 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 ANSWER_TIMEOUT_S = 10
 STOP_WAIT_S = 600  # that Ray gives the driver between SIGTERM and SIGKILL: a step, a save and its commit
 STATUS_POLL_S = 1.0
-NOT_FOR_PEOPLE = (RESULT, "Running entrypoint for job ")  # both carry a whole configuration or summary in one line
+PATIENCE_S = 60  # without an answer about a job, which goes on meanwhile: a dashboard takes less to start again
+MAX_NODES = 10_000  # that Ray's state API lists
+# Lines of a job's log that are not shown: two carry a whole configuration or summary, an error is said once at the end.
+NOT_FOR_PEOPLE = (RESULT, "Running entrypoint for job ", "error: ")
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,9 @@ class Work:
 
 def training_work(config: TrainConfig) -> Work:
     """The job of a training run: every folder by its absolute path, since jobs run elsewhere; the tracking server of
-    this environment. Raises UsageError."""
+    this environment. Raises UsageError, for a URI that carries credentials as well."""
     config = with_tracking_server(config)
-    store = _absolute(store_uri(config))
+    store = open_store(store_uri(config)).uri
     changes: dict[str, Any] = {"store": store, "dataset": _absolute_dataset(config.dataset)}
     if config.heldout:
         dataset = _absolute_dataset(config.heldout.dataset)
@@ -97,19 +105,11 @@ def training_work(config: TrainConfig) -> Work:
 
 
 def corpus_work(config: CorpusConfig, name: str) -> Work:
-    """The job of a corpus build; its output must be set. Raises UsageError for an address that carries a signature."""
+    """The job of a corpus build; its output must be set. Raises UsageError, for a URI that carries credentials as
+    well."""
     assert config.output is not None
-    inputs = []
-    for entry in config.inputs:
-        if public_uri(entry.uri) != entry.uri:
-            raise UsageError(
-                f"input {public_uri(entry.uri)}",
-                "an address without query or user",
-                "one that carries credentials, which a job would show to everybody with the dashboard",
-                "build it here with `corpus build`, or give s3://…",
-            )
-        inputs.append(entry if entry.kind == "demo" else entry.model_copy(update={"uri": _absolute(entry.uri)}))
-    config = config.model_copy(update={"inputs": tuple(inputs), "output": _absolute(config.output)})
+    inputs = tuple(_absolute_input(entry) for entry in config.inputs)
+    config = config.model_copy(update={"inputs": inputs, "output": open_store(config.output).uri})
     places = [str(config.output), *(entry.uri for entry in inputs if entry.kind != "demo")]
     return Work(
         kind="corpus-build",
@@ -147,7 +147,8 @@ class Cluster:
         refuse_unfit(self.nodes, work)
         attempts = _check_store(work.store) if work.kind == "train" else _check_output(work.store)
         _check_tracking(work)
-        jobs = self.client.list_jobs()
+        with self._asking("nothing was started; look at the dashboard"):
+            jobs = self.client.list_jobs()
         refuse_running(jobs, work)
         submission_id = f"{work.name}-{next_number(jobs, work.name, attempts)}"
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "RAY_COLOR_PREFIX": "0"}  # a log is a file
@@ -161,19 +162,41 @@ class Cluster:
                 runtime_env={"env_vars": environment},
                 metadata=work.metadata(),
             )
-        except RuntimeError as error:
+        except (RuntimeError, requests.RequestException) as error:
             raise _refused(submission_id, error) from None
         return submission_id
 
     def follow(self, submission_id: str) -> dict[str, Any]:
-        """Show the job's log until it ends; its summary. Raises UserError as the job did."""
+        """Show the job's log until it ends; its summary. Raises UserError as the job did, or when the cluster does not
+        answer for PATIENCE_S."""
         try:
             asyncio.run(self._show_log(submission_id))
         except (RuntimeError, ClientError) as error:
             say(f"the log of {submission_id} is cut off here ({error}); waiting for the job's end")
-        while not (info := self.client.get_job_info(submission_id)).status.is_terminal():
+        while not (info := self._patiently(self.client.get_job_info, submission_id)).status.is_terminal():
             time.sleep(STATUS_POLL_S)  # the Jobs API tells nobody when a job ends
-        return result_of(submission_id, str(info.status), self.client.get_job_logs(submission_id))
+        return result_of(submission_id, str(info.status), self._patiently(self.client.get_job_logs, submission_id))
+
+    def _patiently(self, question: Callable[[str], Answer], submission_id: str) -> Answer:
+        """The answer about a job, which goes on whoever answers. Raises UserError after PATIENCE_S without one."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                with self._asking(f"the job may go on: ray job status {submission_id} --address {self.address}"):
+                    return question(submission_id)
+            except UserError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(STATUS_POLL_S)  # the dashboard may be starting again
+
+    @contextmanager
+    def _asking(self, next_step: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, requests.RequestException, AuthenticationError) as error:
+            raise UserError(
+                f"Ray cluster {self.address}", "an answer of its Jobs API", _short(error), next_step
+            ) from None
 
     async def _show_log(self, submission_id: str) -> None:
         async for chunk in self.client.tail_job_logs(submission_id):
@@ -183,8 +206,14 @@ class Cluster:
 
     def _live_nodes(self) -> list[Node]:
         try:
-            found = list_nodes(address=self.address, timeout=ANSWER_TIMEOUT_S, raise_on_missing_output=False)
-        except (RayStateApiException, requests.RequestException, ValueError) as error:
+            found = list_nodes(
+                address=self.address,
+                filters=[("state", "=", "ALIVE")],  # an old cluster remembers many that are gone
+                limit=MAX_NODES,
+                timeout=ANSWER_TIMEOUT_S,
+                raise_on_missing_output=False,
+            )
+        except (RayStateApiException, requests.RequestException, AuthenticationError, ValueError) as error:
             reason = "no answer" if isinstance(error, RayStateApiException) else type(error).__name__
             raise UserError(
                 f"Ray cluster {self.address}",
@@ -192,17 +221,15 @@ class Cluster:
                 reason,
                 "check --address, or start a stack here with `glidepath up`",
             ) from None
-        return [
-            Node(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
-            for total in (node.resources_total or {} for node in found if node.state == "ALIVE")
-        ]
+        totals = [node.resources_total or {} for node in found]
+        return [Node(int(total.get("CPU", 0)), int(total.get("GPU", 0))) for total in totals]
 
     def _connect(self) -> JobSubmissionClient:
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         try:
             return JobSubmissionClient(self.address)
-        except (RuntimeError, OSError) as error:  # requests' errors are OSErrors
-            raise UserError(f"Ray cluster {self.address}", "its Jobs API", str(error), "check --address") from None
+        except (RuntimeError, OSError, AuthenticationError) as error:  # requests' errors are OSErrors
+            raise UserError(f"Ray cluster {self.address}", "its Jobs API", _short(error), "check --address") from None
 
 
 def refuse_unfit(nodes: Sequence[Node], work: Work) -> None:
@@ -255,7 +282,7 @@ def result_of(submission_id: str, status: str, logs: str) -> dict[str, Any]:
     found = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
     result: dict[str, Any] = json.loads(found[-1]) if found else {}
     if "fields" in result:
-        raise UserError(*result["fields"])
+        raise (UsageError if result.get("usage") else UserError)(*result["fields"])
     if not result or "error" in result:
         last = result.get("error") or next((line for line in reversed(lines) if line.strip()), "an empty log")
         raise UserError(
@@ -264,13 +291,19 @@ def result_of(submission_id: str, status: str, logs: str) -> dict[str, Any]:
     return {**result, "submission_id": submission_id}
 
 
-def _refused(submission_id: str, error: RuntimeError) -> UserError:
+def _refused(submission_id: str, error: Exception) -> UserError:
     if "already exists" in str(error):
         return UserError(
             f"job {submission_id}", "an id that is free", "one that another submit has just taken", "wait for that job"
         )
-    last = next((line for line in reversed(str(error).splitlines()) if line.strip(" .")), "")
-    return UserError(f"job {submission_id}", "to be taken by the cluster", last, "see the dashboard's log")
+    return UserError(f"job {submission_id}", "to be taken by the cluster", _short(error), "see the dashboard's log")
+
+
+def _short(error: Exception) -> str:
+    """One line of what may be a traceback from the other side, or a whole chain of connection errors."""
+    if isinstance(error, requests.RequestException):
+        return type(error).__name__
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip(" .")), type(error).__name__)
 
 
 def _check_store(uri: str) -> int:
@@ -307,7 +340,7 @@ def _check_tracking(work: Work) -> None:
 
 
 def _is_folder(uri: str) -> bool:
-    return "://" not in uri or uri.startswith("file://")
+    return "://" not in uri
 
 
 def _absolute(uri: str) -> str:
@@ -315,5 +348,23 @@ def _absolute(uri: str) -> str:
 
 
 def _absolute_dataset(name: str) -> str:
-    """A name without a slash is one of the state folder, as trainer.run.dataset_uri has it."""
-    return _absolute(name) if "/" in name else name
+    """A name without a slash is one of the state folder, as trainer.run.dataset_uri has it. Raises UsageError."""
+    return open_store(name).uri if "/" in name else name
+
+
+def _absolute_input(entry: Input) -> Input:
+    """Raises UsageError for an address that a job must not show."""
+    if public_uri(entry.uri) != entry.uri:
+        raise UsageError(
+            f"input {public_uri(entry.uri)}",
+            "an address without query or user",
+            "one that carries credentials, which a job would show to everybody with the dashboard",
+            "build it here with `corpus build`, or give s3://…",
+        )
+    scheme, separator, _ = entry.uri.partition("://")
+    if separator and not is_remote(entry.uri):
+        # The rest is not shown: it may be key:secret@bucket.
+        raise UsageError(
+            f"input {scheme}://…", "a folder or tar, s3://… or http(s)://…", f"scheme {scheme}://", "correct uri"
+        )
+    return entry if entry.kind == "demo" else entry.model_copy(update={"uri": _absolute(entry.uri)})

@@ -58,6 +58,7 @@ class TrackedRun:
         self._uri = config.tracking.uri if config.tracking.uri and is_server(config.tracking.uri) else None
         self._notes: list[threading.Thread] = []
         self._restart_reason = ""
+        self._attempt = 0  # the newest that this driver began
         self.mlflow_run_id: str | None = None
         if self._uri:
             check_server(self._uri)
@@ -66,6 +67,7 @@ class TrackedRun:
         """Open the run, or note another attempt of it. Raises UserError if the first of this driver cannot."""
         if self._uri is None:
             return
+        self._attempt = attempt
         if self.mlflow_run_id is None:
             self.mlflow_run_id = open_run(self._uri, self._about(attempt))
         else:
@@ -87,12 +89,13 @@ class TrackedRun:
         self.end("FAILED" if issubclass(kind, Exception) else "KILLED")  # what is no Exception is an interruption
 
     def end(self, status: Status) -> None:
-        """Note how the run stands. Without an answer it stays as it was, with a warning."""
+        """Note how the run stands, unless a newer driver has it. Without an answer it stays as it was, with a
+        warning."""
         for note in self._notes:
             note.join(NOTE_DEADLINE_S)
         if self._uri and self.mlflow_run_id:
             try:
-                end_run(self._uri, self.mlflow_run_id, status)
+                end_run(self._uri, self.mlflow_run_id, status, self._attempt)
             except ServerFailed as failure:
                 log.warning("tracking server %s: the run's status %s was not noted: %s", self._uri, status, failure)
 
@@ -100,8 +103,8 @@ class TrackedRun:
         def run() -> None:
             try:
                 call()
-            except UserError as error:
-                log.warning("%s", error)
+            except (UserError, OSError) as error:  # the latter of a store that cannot be read right now
+                log.warning("attempt not noted: %s", error)
 
         self._notes.append(threading.Thread(target=run, name="tracking-note", daemon=True))
         self._notes[-1].start()

@@ -42,6 +42,17 @@ def state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For training inside the test's process: on busy cores two threads wait for each other more than they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real captioned pictures: the first of the demo corpus's held-out emoji, as image files with caption files."""

@@ -6,6 +6,7 @@ on from the newest checkpoint that verifies. Called by a launcher's worker proce
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from contextlib import ExitStack
@@ -39,6 +40,8 @@ from trainer.tracking.leftovers import keep_undelivered, read_undelivered
 from trainer.tracking.mlflow import MlflowServer
 from trainer.tracking.server import is_server
 from trainer.tracking.tracker import NoTracker, Tracker
+
+log = logging.getLogger(__name__)
 
 DATASETS = "datasets"  # of the state folder, by name
 
@@ -81,7 +84,11 @@ def prepare_run(config: TrainConfig) -> int:
             )
         refuse_changed_keys(began, config)
     attempt = take_attempt(store, {"config": config.model_dump(mode="json"), "identity": uuid.uuid4().hex})
-    sweep(store, attempt)
+    try:
+        sweep(store, attempt)
+    except OSError as error:
+        # The attempt is taken: to refuse now would leave it without an end, and what is left over harms nobody.
+        log.warning("leftovers of earlier attempts stay for now: %s", error)
     return attempt
 
 

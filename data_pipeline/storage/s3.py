@@ -232,7 +232,7 @@ class S3Store:
             if refused.failure.code != "NoSuchUpload":
                 raise
 
-    def _call(self, operation: str, key: str, patience_s: float = PATIENCE_S, **arguments: Any) -> Any:
+    def _call(self, operation: str, key: str, patience_s: float | None = None, **arguments: Any) -> Any:
         """One request about an object, repeated for a while if it fails in a way that may pass.
 
         Not by botocore: its quota of repeats is spent in one outage, and then it repeats nothing when the server is
@@ -241,6 +241,7 @@ class S3Store:
         """
         if any(part in ("", ".", "..") for part in key.split("/")):
             raise ValueError(f"object key {key!r}: expected a relative path inside the store")
+        patience_s = PATIENCE_S if patience_s is None else patience_s
         return self._request(operation, key, patience_s, Key=self.prefix + key, **arguments)
 
     def _request(self, operation: str, name: str, patience_s: float, quick: bool = False, **arguments: Any) -> Any:
@@ -309,6 +310,7 @@ def _require_boto3() -> None:
         import boto3  # noqa: F401
     except ImportError:
         raise UsageError("store s3://…", "boto3", "no such package", "pip install 'glidepath[cluster]'") from None
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # below that it logs requests with their signatures
 
 
 def _client(anonymous: bool, quick: bool) -> Any:
@@ -325,7 +327,6 @@ def _new_client(process: int, environment: str, anonymous: bool, quick: bool) ->
     from botocore import UNSIGNED
     from botocore.config import Config
 
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # below that it logs requests with their signatures
     config = Config(
         signature_version=UNSIGNED if anonymous else "s3v4",
         connect_timeout=4 if quick else 5,

@@ -97,7 +97,8 @@ def open_store(uri: str) -> ObjectStore:
         from data_pipeline.storage.s3 import S3Store
 
         return S3Store(uri)
-    raise UsageError(f"store {uri}", "a folder, file://… or s3://…", f"scheme {scheme}://", "correct the URI")
+    # The rest is not shown: it may be key:secret@bucket.
+    raise UsageError(f"store {scheme}://…", "a folder, file://… or s3://…", f"scheme {scheme}://", "correct the URI")
 
 
 def canonical_json(document: Any) -> bytes:

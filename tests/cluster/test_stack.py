@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from cluster import cli, processes, services
-from cluster.services import PORTS
-from cluster.stack import Record, choose_ports
+from cluster.services import PORTS, describe_services
+from cluster.stack import Record, _launch_digest, choose_ports
 from data_pipeline.errors import UserError
 
 SERVICES = ("s3", "mlflow", "ray")
@@ -272,3 +272,17 @@ def test_the_secret_stands_in_two_private_files_and_nowhere_else(stack: Any, job
             process = psutil.Process(row.pid)
             exposed = [*process.cmdline(), *process.environ().values()]
             assert not [text for text in exposed if secret.decode() in text], process
+
+
+def test_another_path_in_the_shell_is_no_reason_to_end_a_running_ray(
+    state_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = {name: number for number, name in enumerate(PORTS, 9000)}
+    digests = []
+    for path in ("/usr/bin", "/opt/bin:/usr/bin"):
+        monkeypatch.setenv("PATH", path)
+        services = describe_services(state_folder, ports, 4, "/tmp/ray")
+        assert any(path in service.environment.get("PATH", "") for service in services)
+        digests.append([_launch_digest(service) for service in services])
+    assert digests[0] == digests[1]
+    assert digests[0] != [_launch_digest(s) for s in describe_services(state_folder, ports, 8, "/tmp/ray")]

@@ -6,18 +6,25 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
+from cluster import submit
 from cluster.cli import run
-from cluster.job import RESULT
+from cluster.job import RESULT, main
 from cluster.submit import (
+    Cluster,
     Node,
     Work,
     address_of,
@@ -31,7 +38,7 @@ from cluster.submit import (
 from data_pipeline.build import CorpusConfig, inspect_dataset
 from data_pipeline.config import parse
 from data_pipeline.errors import UsageError, UserError
-from data_pipeline.storage import LocalStore
+from data_pipeline.storage import LocalStore, StoreError, open_store
 from trainer.checkpoint.manifest import committed
 from trainer.recipes import parse_train_config
 from trainer.stop import read_end
@@ -99,24 +106,62 @@ def test_work_names_every_folder_by_its_absolute_path(train_values: Values, tmp_
     ]
     corpus: dict[str, Any] = {
         "inputs": [{"kind": "folder", "uri": "in"}, {"kind": "demo", "uri": "train"}],
-        "output": "s3://b/out",
+        "output": "s3://bucket/out",
     }
     corpus["filters"] = {"preset": "basic", "max_aspect": None}
     config = parse(CorpusConfig, corpus, "test")
     made = corpus_work(config, "photos")
     assert parse(CorpusConfig, made.values, "job").filters.resolved() == config.filters.resolved()
     assert [entry["uri"] for entry in made.values["inputs"]] == [str(tmp_path / "in"), "train"]
-    assert made.folders == [str(tmp_path / "in")] and made.store == "s3://b/out"
+    assert made.folders == [str(tmp_path / "in")] and made.store == "s3://bucket/out"
 
 
-def test_no_credential_gets_into_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    signed = "https://host/a.tar?X-Amz-Signature=SECRET"
-    corpus = parse(CorpusConfig, {"inputs": [{"kind": "webdataset", "uri": signed}], "output": "out"}, "test")
+@pytest.mark.parametrize(
+    ("spellings", "store"),
+    [
+        (("s3://bucket/runs/tiny", "s3://bucket/runs/tiny/", "s3://bucket//runs/tiny"), "s3://bucket/runs/tiny"),
+        (("/runs/tiny", "/runs/tiny/", "file:///runs/tiny", "file:///runs/tiny/"), "/runs/tiny"),
+    ],
+)
+def test_one_store_has_one_name_however_it_is_spelled(
+    train_values: Values, spellings: tuple[str, ...], store: str
+) -> None:
+    for spelling in spellings:
+        made = training_work(parse_train_config(train_values(store=spelling, dataset=spelling), "test"))
+        assert made.store == made.values["store"] == made.values["dataset"] == store
+        corpus = {"inputs": [{"kind": "demo", "uri": "train"}], "output": spelling}
+        built = corpus_work(parse(CorpusConfig, corpus, "test"), "photos")
+        assert built.store == built.values["output"] == store
+        for again in (made, built):
+            with pytest.raises(UserError, match="found job tiny-3, RUNNING"):
+                refuse_running([job("tiny-3", JobStatus.RUNNING, store)], again)
+
+
+def test_no_credential_gets_into_a_job(train_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = []
+    inputs = ["https://host/a.tar?X-Amz-Signature=SECRET", "s3://KEY:SECRET@bucket/in", "gs://KEY:SECRET@bucket/in"]
+    for uri in inputs:
+        corpus = parse(CorpusConfig, {"inputs": [{"kind": "webdataset", "uri": uri}], "output": "out"}, "test")
+        with pytest.raises(UsageError) as refused:
+            corpus_work(corpus, "photos")
+        errors.append(refused)
+    demo = [{"kind": "demo", "uri": "train"}]
+    for uri in ("s3://KEY:SECRET@bucket/run", "gs://KEY:SECRET@bucket/run", "s3://bucket/run?signature=SECRET"):
+        for place in ({"store": uri}, {"dataset": uri}, {"heldout": {"dataset": uri}}):
+            config = parse_train_config(train_values() | place, "test")
+            with pytest.raises(UsageError) as refused:
+                training_work(config)
+            errors.append(refused)
+        with pytest.raises(UsageError) as refused:
+            corpus_work(parse(CorpusConfig, {"inputs": demo, "output": uri}, "test"), "photos")
+        errors.append(refused)
+        with pytest.raises(UsageError) as refused:
+            open_store(uri)
+        errors.append(refused)
     with pytest.raises(UsageError) as refused:
-        corpus_work(corpus, "photos")
-    with pytest.raises(UsageError) as address:
         address_of("http://user:SECRET@host:8265")
-    assert "SECRET" not in f"{refused.value} {address.value}"
+    errors.append(refused)
+    assert not [str(error.value) for error in errors if "SECRET" in str(error.value)]
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     with pytest.raises(UsageError, match="RAY_API_SERVER_ADDRESS"):
@@ -131,6 +176,131 @@ def test_a_job_ends_for_submit_as_it_ended_there() -> None:
         result_of("tiny-1", "FAILED", RESULT + json.dumps(error))
     with pytest.raises(UserError, match="job tiny-1: expected a result, found FAILED: Killed; see its log"):
         result_of("tiny-1", "FAILED", "lines\nKilled\n\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "line"),
+    [
+        (UsageError("a", "b", "c", "d"), UsageError, "a: expected b, found c; d"),
+        (UserError("a", "b", "c", "d"), UserError, "a: expected b, found c; d"),
+        (StoreError("s3://b/run/x", "no answer"), UserError, "found FAILED: s3://b/run/x: no answer; see its log"),
+        (OSError(28, "No space left", "/runs/x"), UserError, "found FAILED: /runs/x: No space left; see its log"),
+    ],
+)
+def test_an_error_in_a_job_reaches_submit_as_what_it_was(
+    error: Exception,
+    kind: type[UserError],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(values: dict[str, Any], name: str) -> dict[str, Any]:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["cluster.job", "train", json.dumps({"values": {}, "name": "tiny"})])
+    monkeypatch.setattr("cluster.job.connected", nullcontext)
+    monkeypatch.setattr("cluster.job.train", fail)
+    assert main() == 1
+    captured = capsys.readouterr()
+    with pytest.raises(UserError) as ended:
+        result_of("tiny-1", "FAILED", captured.err + captured.out)
+    assert type(ended.value) is kind and line in str(ended.value)
+
+
+class Dashboard(ThreadingHTTPServer):
+    """What a Ray dashboard answers about nodes and one job that is over. `refusals`: how often a path still fails."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.refusals: Counter[str] = Counter()
+        self.living = 1
+
+    def answer(self, path: str, query: dict[str, list[str]]) -> Any:
+        if path == "/api/v0/nodes":
+            nodes = [node_row(number, "DEAD" if number < 120 else "ALIVE") for number in range(120 + self.living)]
+            if query.get("filter_keys") == ["state"]:
+                nodes = [node for node in nodes if [node["state"]] == query["filter_values"]]
+            found = {"result": nodes[: int(query["limit"][0])], "total": len(nodes)}
+            return {"result": True, "msg": "", "data": {"result": found}}
+        over = json.loads(job("tiny-1").model_dump_json())
+        logs = f"lines\n{RESULT}" + json.dumps({"images": 64}) + "\n"
+        return {
+            "/api/version": {"version": "4", "ray_version": "2.40.0", "ray_commit": ""},
+            "/api/jobs/": [over],
+            "/api/jobs/tiny-1": over,
+            "/api/jobs/tiny-1/logs": {"logs": logs},
+        }.get(path)
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Dashboard
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        answer = self.server.answer(parts.path, parse_qs(parts.query))
+        status = 200 if answer is not None else 404
+        if self.server.refusals[parts.path] > 0:
+            self.server.refusals[parts.path] -= 1
+            status, answer = 500, "Traceback (most recent call last):\n  a line\nRuntimeError: out of order\n"
+        body = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *about: Any) -> None:
+        pass
+
+
+def node_row(number: int, state: str) -> dict[str, Any]:
+    row = {"node_id": str(number), "node_ip": "127.0.0.1", "is_head_node": False, "state": state, "node_name": ""}
+    return row | {"state_message": None, "resources_total": {"CPU": 2.0}, "labels": {}}
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Dashboard]:
+    with Dashboard() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_only_living_nodes_count_however_many_died_before_them(dashboard: Dashboard) -> None:
+    dashboard.living = 103
+    assert Cluster(dashboard.url).nodes == [Node(2, 0)] * 103
+
+
+def test_a_dashboard_that_fails_for_a_while_does_not_end_the_waiting_for_a_job(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "STATUS_POLL_S", 0.01)
+    cluster = Cluster(dashboard.url)
+    dashboard.refusals.update({"/api/jobs/tiny-1": 3, "/api/jobs/tiny-1/logs": 2})
+    assert cluster.follow("tiny-1") == {"images": 64, "submission_id": "tiny-1"}
+    assert not +dashboard.refusals and "the log of tiny-1 is cut off here" in capsys.readouterr().err
+
+    monkeypatch.setattr(submit, "PATIENCE_S", 0)
+    for path in ("/api/jobs/tiny-1", "/api/jobs/tiny-1/logs"):
+        dashboard.refusals[path] = 10**6
+        with pytest.raises(UserError, match="found RuntimeError: out of order; the job may go on: ray job") as refused:
+            cluster.follow("tiny-1")
+        assert "\n" not in str(refused.value)
+        dashboard.refusals[path] = 0
+
+
+def test_a_dashboard_that_cannot_list_jobs_is_one_line(
+    dashboard: Dashboard, train_values: Values, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dashboard.refusals["/api/jobs/"] = 1
+    path = config_file(train_values())
+    error, _ = answered(capsys, 1, "submit", "train", path, "--address", dashboard.url)
+    assert "expected an answer of its Jobs API, found RuntimeError: out of order" in error["error"]
+    assert "\n" not in error["error"]
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(train_values: Values, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +333,15 @@ def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any]
     return json.loads(stdout), stderr
 
 
+def answered(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> tuple[dict[str, Any], str]:
+    """`ended` of a command that waits for no job: in this process, which has imported Ray already."""
+    capsys.readouterr()
+    found = run([*arguments, "--json"])
+    captured = capsys.readouterr()
+    assert found == code and "Traceback" not in captured.err, captured.err
+    return json.loads(captured.out), captured.err
+
+
 def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:
     """Poll, since jobs cannot tell."""
     until = time.monotonic() + seconds
@@ -173,7 +352,11 @@ def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 def test_a_corpus_and_a_run_go_through_the_cluster_and_the_run_goes_on(
-    stack_env: Any, train_values: Values, picture_folder: Path, dataset_uri: str
+    stack_env: Any,
+    train_values: Values,
+    picture_folder: Path,
+    dataset_uri: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     client = JobSubmissionClient(stack_env.dashboard)
     corpus = {
@@ -212,13 +395,15 @@ def test_a_corpus_and_a_run_go_through_the_cluster_and_the_run_goes_on(
     secret = (stack_env.home / "stack" / "credentials").read_text().rpartition("= ")[2].strip()
     assert all(secret not in f"{details} {client.get_job_logs(details.submission_id)}" for details in jobs)
 
-    too_many, _ = ended(glidepath("submit", "train", path, "images=128", "launcher.workers=99"), 1)
+    too_many, _ = answered(capsys, 1, "submit", "train", path, "images=128", "launcher.workers=99")
     assert "room for 99 workers" in too_many["error"]
-    no_bucket, _ = ended(glidepath("submit", "train", path, "store=s3://no-such-bucket/run"), 1)
+    no_bucket, _ = answered(capsys, 1, "submit", "train", path, "store=s3://no-such-bucket/run")
     assert "no-such-bucket" in no_bucket["error"]
 
 
-def test_stop_and_ray_job_stop_save_before_the_run_ends(stack_env: Any, train_values: Values) -> None:
+def test_stop_and_ray_job_stop_save_before_the_run_ends(
+    stack_env: Any, train_values: Values, capsys: pytest.CaptureFixture[str]
+) -> None:
     client = JobSubmissionClient(stack_env.dashboard)
     values = train_values("stopped", images=10**6, launcher={"workers": 1}, checkpoint={"every_images": 10**6})
     path = config_file(values | {"tracking": {"uri": str(Path("curves").absolute())}}, "stopped")
@@ -228,21 +413,21 @@ def test_stop_and_ray_job_stop_save_before_the_run_ends(stack_env: Any, train_va
         assert not client.get_job_status(submission_id).is_terminal(), client.get_job_logs(submission_id)
         return "images, loss" in client.get_job_logs(submission_id)
 
-    first, _ = ended(glidepath("submit", "train", path, "--no-wait"))
+    first, _ = answered(capsys, 0, "submit", "train", path, "--no-wait")
     assert first["submission_id"] == "stopped-1"
-    refused, _ = ended(glidepath("submit", "train", path), 1)
+    refused, _ = answered(capsys, 1, "submit", "train", path, "--no-wait")
     assert "job stopped-1, RUNNING" in refused["error"] or "job stopped-1, PENDING" in refused["error"]
     wait_for(lambda: started("stopped-1"))
-    said, _ = ended(glidepath("stop", values["store"]))
+    said, _ = answered(capsys, 0, "stop", values["store"])
     [saved] = committed(store)
     assert (said["outcome"], said["position"]) == ("stopped", saved.position) and saved.position > 0
     assert said["checkpoint"].endswith(saved.folder.rstrip("/"))
     wait_for(lambda: client.get_job_status("stopped-1").is_terminal())
     assert client.get_job_status("stopped-1") == JobStatus.SUCCEEDED
-    not_running, _ = ended(glidepath("stop", values["store"]), 1)
+    not_running, _ = answered(capsys, 1, "stop", values["store"])
     assert "its attempt 1, which stopped" in not_running["error"]
 
-    ended(glidepath("submit", "train", path, "--no-wait"))
+    answered(capsys, 0, "submit", "train", path, "--no-wait")
     wait_for(lambda: started("stopped-2"))
     client.stop_job("stopped-2")
     wait_for(lambda: client.get_job_status("stopped-2").is_terminal())

@@ -129,17 +129,14 @@ def test_the_whole_road_on_a_cluster(stack_env: Any, tmp_path: Path) -> None:
     points = histories(stack_env.mlflow, further["mlflow_run_id"])
     assert {"loss/total", "loss/mse", "loss/vb", "grad_norm", "lr", "images_per_s"} <= set(points)
     for name, steps in points.items():
-        expected = updates if name not in SOMETIMES else sorted(set(steps))
-        assert sorted(steps) == expected, (name, Counter(steps).most_common(3), set(updates) - set(steps))
+        assert sorted(steps) == updates, (name, Counter(steps).most_common(3), set(updates) - set(steps))
 
     other = values | {"run": "road-slow", "store": "s3://glidepath/road/runs/road-slow", "lr": 3e-4, "images": 512}
     (tmp_path / "slow.json").write_text(json.dumps(other))
     glidepath("submit", "train", str(tmp_path / "slow.json"))
     compared = glidepath("runs", "compare", "road", "road-slow")
-    assert compared["params_that_differ"]["lr"] == ["0.001", "0.0003"] or compared["params_that_differ"]["lr"] == [
-        0.001,
-        0.0003,
-    ]
+    assert [float(lr) for lr in compared["params_that_differ"]["lr"]] == [1e-3, 3e-4]
+    assert all(len(values) == 2 for values in compared["metrics"].values())
     listed = subprocess.run(jobs_listed, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout
     assert len(re.findall(r"JobStatus.SUCCEEDED|SUCCEEDED", listed)) >= 4, listed
     drawn = glidepath("sample", "road", "--prompt", "a dog", "--spacing", "5", "--out", str(tmp_path / "drawn"))
@@ -167,6 +164,3 @@ def test_the_whole_road_on_a_cluster(stack_env: Any, tmp_path: Path) -> None:
         objects = open_store(f"s3://glidepath/road/runs/{name}")
         assert not [info.key for info in objects.list() if secret.encode() in objects.get(info.key)]
     assert not list(Path.home().glob(".cache/torch_extensions")), "DeepSpeed compiled something"
-
-
-SOMETIMES = ("time/save_s", "time/sample_s", "time/evaluate_s")  # figures of what does not happen in every update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from trainer.checkpoint.save import RunIdentity, SaveFailed, Superseded, commit,
 from trainer.checkpoint.sweep import sweep
 from trainer.engine.engine import KINDS, Interval
 from trainer.engine.group import Group
+from trainer.recipes import parse_train_config
+from trainer.run import prepare_run
 
 SIZE, WORLD, DATASET = 10, 2, "d" * 64
 
@@ -50,6 +53,17 @@ def save(store: LocalStore, attempt: int, position: int) -> None:
 
 def order_at(position: int) -> OrderState:
     return OrderState(DATASET, "lanes", seed=0, batch=16, lanes=1, position=position)
+
+
+class Undeletable(LocalStore):
+    """Deletes nothing while `refuses`."""
+
+    refuses = True
+
+    def delete(self, key: str) -> None:
+        if self.refuses:
+            raise OSError("deleting is not allowed")
+        super().delete(key)
 
 
 def attempt_and_save(store: LocalStore, position: int) -> None:
@@ -197,3 +211,20 @@ def test_a_missing_receipt_fails_the_save_and_names_the_rank(tmp_path: Path) -> 
     with pytest.raises(SaveFailed, match="expected a receipt from rank 1 in 0 s, found none"):
         commit(store, identity, 16, {}, deadline_s=0)
     assert committed(store) == []
+
+
+def test_a_store_that_refuses_deletes_costs_neither_a_checkpoint_nor_a_start(
+    tmp_path: Path,
+    train_values: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = Undeletable(tmp_path)
+    config = parse_train_config(train_values(), "test")
+    monkeypatch.setattr("trainer.run.open_store", lambda uri: store)
+    assert prepare_run(config) == 1
+    save(store, 1, 16)
+    assert restored_position(store) == 16 and "receipts of images-" in caplog.text
+    assert prepare_run(config) == 2 and "leftovers of earlier attempts stay for now: deleting" in caplog.text
+    store.refuses = False
+    assert prepare_run(config) == 3 and not orphans(store)

@@ -19,11 +19,22 @@ from typing import Any
 
 import pytest
 
+import trainer.tracking.background
+import trainer.tracking.mlflow
 from data_pipeline.errors import UsageError, UserError
 from trainer.tracking.background import BackgroundTracker
-from trainer.tracking.mlflow import DatasetUse, MlflowServer, RunAbout, check_server, end_run, list_runs, open_run
+from trainer.tracking.mlflow import (
+    DatasetUse,
+    MlflowServer,
+    RunAbout,
+    check_server,
+    end_run,
+    first_heldout,
+    list_runs,
+    open_run,
+)
 from trainer.tracking.server import tracking_uri
-from trainer.tracking.spool import Point
+from trainer.tracking.spool import Point, ServerFailed
 from trainer.tracking.tracker import Record
 
 START_S = 120
@@ -96,6 +107,13 @@ def about(run: str, attempt: int = 1, **config: Any) -> RunAbout:
     return RunAbout(f"identity-{run}", run, f"s3://bucket/{run}", values, attempt, datasets, "", tags)
 
 
+@pytest.fixture(autouse=True)
+def quick_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tracker's thread waits for by the clock alone."""
+    monkeypatch.setattr(trainer.tracking.background, "GATHER_S", 0.1)
+    monkeypatch.setattr(trainer.tracking.background, "BACKOFF_S", (0.2,))
+
+
 def tracker_of(server: RealServer, run_id: str, attempt: int = 1) -> BackgroundTracker:
     return BackgroundTracker(lambda: MlflowServer(server.uri, run_id), attempt)
 
@@ -109,7 +127,7 @@ def test_a_run_is_found_again_with_its_params_datasets_and_the_tags_of_its_newes
     from mlflow.tracking import MlflowClient
 
     run_id = open_run(server.uri, about("found", nested={"text": "x" * 9000, "nothing": None}))
-    end_run(server.uri, run_id, "FAILED")
+    end_run(server.uri, run_id, "FAILED", 1)
     assert open_run(server.uri, about("found", attempt=2, images=128)) == run_id != open_run(server.uri, about("other"))
     client = MlflowClient(tracking_uri=server.uri)
     run = client.get_run(run_id)
@@ -142,6 +160,83 @@ def test_a_batch_that_is_sent_twice_is_there_once(server: RealServer) -> None:
     assert server.steps(run_id, "a") == updates(10)
     assert MlflowServer(server.uri, run_id).newest_steps() == {"a": 160, "heldout/b": 160}
     assert server.steps(run_id, "heldout/b") == {}, "held-out figures go to a child run"
+
+
+def test_what_a_superseded_driver_notes_leaves_the_run_to_the_newer_attempt(server: RealServer) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=server.uri)
+    run_id = open_run(server.uri, about("superseded"))
+    open_run(server.uri, about("superseded", attempt=3))
+    end_run(server.uri, run_id, "FAILED", 1)
+    open_run(server.uri, about("superseded", attempt=2, images=128))  # a note that comes late
+    run = client.get_run(run_id)
+    assert run.info.status == "RUNNING" and "config.images" not in run.data.tags
+    assert (run.data.tags["glidepath.attempt"], run.data.tags["glidepath.world_size"]) == ("3", "3")
+    end_run(server.uri, run_id, "FINISHED", 3)
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_the_child_run_of_held_out_figures_ends_with_its_run_and_exists_only_with_such_data(server: RealServer) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=server.uri)
+
+    def children(parent: str) -> dict[str, str]:
+        experiment = client.get_run(parent).info.experiment_id
+        found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+        return {str(run.info.run_name): run.info.status for run in found}
+
+    with_data, without = (
+        open_run(server.uri, about(name, heldout=data)) for name, data in (("h", {"n": 1}), ("p", None))
+    )
+    nested = client.create_run(client.get_run(with_data).info.experiment_id, tags={"mlflow.parentRunId": with_data})
+    nested_name = str(nested.info.run_name)
+    MlflowServer(server.uri, with_data).send([Point("heldout/b", 0.5, 1, 16)], [])
+    assert MlflowServer(server.uri, with_data).newest_steps() == {"heldout/b": 16}
+    assert MlflowServer(server.uri, without).newest_steps() == first_heldout(server.uri, without) == {}
+    for status in ("FINISHED", "RUNNING", "KILLED"):
+        if status == "RUNNING":
+            open_run(server.uri, about("h", attempt=2))
+        else:
+            end_run(server.uri, with_data, status, 2)
+        assert children(with_data) == {"h held-out": status, nested_name: "RUNNING"}
+    assert children(without) == {} and first_heldout(server.uri, with_data) == {"b": 0.5}
+
+
+def test_reading_runs_makes_no_experiment(server: RealServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(trainer.tracking.mlflow, "EXPERIMENT", "never-used")
+    assert list_runs(server.uri) == []
+    assert MlflowClient(tracking_uri=server.uri).get_experiment_by_name("never-used") is None
+
+
+def test_an_artifact_store_that_cannot_be_used_costs_the_artifacts_and_nothing_else(
+    server: RealServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=server.uri)
+    client.create_experiment("far-artifacts", artifact_location="gs://glidepath/artifacts")  # its client is not here
+    monkeypatch.setattr(trainer.tracking.mlflow, "EXPERIMENT", "far-artifacts")
+    monkeypatch.setattr(trainer.tracking.background, "PICTURE_TRIES", 2)
+    run_id = open_run(server.uri, about("artless"))
+    assert "the configuration was not stored as an artifact: its artifact store: " in caplog.text
+    tracker = tracker_of(server, run_id)
+    tracker.picture(16, "samples/a.png", b"png")
+    tracker.log(16, {"loss": 1.0})
+    assert tracker.close() == [] and server.steps(run_id, "loss") == {16: 1}
+    assert "its artifact store: " in client.get_run(run_id).data.tags["event/16/1/picture-failed"]
+
+
+def test_without_mlflow_a_tracker_waits_and_a_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("mlflow.tracking", "mlflow.exceptions"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ServerFailed, match="mlflow is not installed"):
+        MlflowServer("http://127.0.0.1:1", "run")
+    with pytest.raises(UserError, match=r"expected mlflow to be installed.*pip install"):
+        list_runs("http://127.0.0.1:1")
 
 
 def test_a_server_that_hangs_and_one_that_is_killed_and_comes_back_lose_and_double_no_point(server: RealServer) -> None:
@@ -179,7 +274,9 @@ def test_a_server_that_hangs_and_one_that_is_killed_and_comes_back_lose_and_doub
 
 LOGS_FOR_EVER = """
 import json, sys, time
+from trainer.tracking import background
 from trainer.tracking.background import BackgroundTracker
+background.GATHER_S = 0.1
 from trainer.tracking.mlflow import MlflowServer
 uri, run_id, attempt, position, undelivered = json.loads(sys.argv[1])
 tracker = BackgroundTracker(lambda: MlflowServer(uri, run_id), attempt)
@@ -218,7 +315,8 @@ def test_a_tracker_killed_at_any_moment_leaves_no_gap_and_no_double_behind_it(se
     assert server.steps(run_id, "loss") == server.steps(run_id, "time/step_s") == updates(end // 16)
 
 
-def test_a_server_that_does_not_answer_is_refused_in_one_line() -> None:
+def test_a_server_that_does_not_answer_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.tracking.mlflow, "CHECK_TIMEOUT_S", 1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainer.run
+import trainer.tracking.background
+import trainer.tracking.spool
 from data_pipeline.storage import LocalStore
 from trainer.checkpoint.manifest import committed, read_manifest
+from trainer.config import TrainConfig
 from trainer.engine.group import Group
 from trainer.recipes import parse_train_config
 from trainer.tracking.background import BackgroundTracker
@@ -215,6 +217,14 @@ def test_a_full_spool_refuses_the_newest_and_counts_it() -> None:
     assert [record["images"] for record in spool.records()] == [16, 32] and spool.lost == 1
 
 
+@pytest.fixture(autouse=True)
+def quick_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tracker's thread waits for by the clock alone."""
+    monkeypatch.setattr(trainer.tracking.background, "GATHER_S", 0.01)
+    monkeypatch.setattr(trainer.tracking.background, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(trainer.tracking.spool, "SETTLE_S", 0.01)
+
+
 def tracker_on(server: FakeServer, flush_s: float = 30) -> BackgroundTracker:
     return BackgroundTracker(lambda: server, 1, flush_s)
 
@@ -247,6 +257,22 @@ def test_a_dead_server_takes_nothing_from_the_caller_and_all_is_left_to_replay()
     assert alive.events == {(160, 1, "resume"): "again"}
 
 
+def test_an_exception_that_nobody_foresaw_is_an_outage_like_another(caplog: pytest.LogCaptureFixture) -> None:
+    server = FakeServer()
+    faults = iter([KeyError("secret"), RuntimeError("secret")])
+
+    def answer() -> str:
+        for fault in faults:
+            raise fault
+        return "ok"
+
+    server.answers = answer
+    tracker = tracker_on(server)
+    tracker.log(16, {"loss": 1.0})
+    assert tracker.close() == [] and server.times_each("loss") == {16: 1}
+    assert "unforeseen KeyError" in caplog.text and "secret" not in caplog.text
+
+
 def test_a_picture_that_the_server_will_not_take_costs_an_event_and_no_point() -> None:
     server = FakeServer()
 
@@ -261,12 +287,17 @@ def test_a_picture_that_the_server_will_not_take_costs_an_event_and_no_point() -
     assert "no room" in server.events[16, 1, "picture-failed"]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_what_a_dead_server_did_not_take_waits_in_checkpoints_and_store_until_it_does(
     train_values: Callable[..., dict[str, Any]], dataset_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = FakeServer()
-    quick = partial(BackgroundTracker, lambda: server, flush_s=0.5)
-    monkeypatch.setattr(trainer.run, "make_tracker", lambda config, attempt, run_id: quick(attempt))
+    flush_s = 0.1
+
+    def make_tracker(config: TrainConfig, attempt: int, run_id: str | None) -> BackgroundTracker:
+        return BackgroundTracker(lambda: server, attempt, flush_s)
+
+    monkeypatch.setattr(trainer.run, "make_tracker", make_tracker)
     heldout = {"dataset": dataset_uri, "images": 16, "every_images": 32}
 
     def train(images: int) -> LocalStore:
@@ -281,7 +312,7 @@ def test_what_a_dead_server_did_not_take_waits_in_checkpoints_and_store_until_it
     waiting = [point for point in points_of(list(manifest.tracking)) if point.name == "loss/total"]
     assert [point.images for point in waiting] == [16, 32] and store.exists(UNDELIVERED)
 
-    server.answers = lambda: "ok"
+    server.answers, flush_s = lambda: "ok", 60.0
     train(48)
     for name in ("loss/total", "lr", "time/save_s"):
         assert server.times_each(name) == dict.fromkeys((16, 32, 48), 1)

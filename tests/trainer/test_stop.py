@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import trainer.stop
 from data_pipeline.errors import UserError
 from data_pipeline.storage import LocalStore
 from trainer.checkpoint.manifest import committed
@@ -20,6 +21,12 @@ from trainer.stop import AttemptEnd, StopWatch, read_end, record_end, request_st
 Values = Callable[..., dict[str, Any]]
 
 
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.stop, "POLL_S", 0.01)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_saves_where_it_was_asked_to_stop_and_goes_on_from_there(train_values: Values) -> None:
     values = train_values(
         images=10**6, checkpoint={"every_images": 10**6}, samples={"prompts": ["a"], "sampling": {"spacing": "2"}}

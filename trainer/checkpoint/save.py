@@ -89,9 +89,17 @@ def commit(
     ).encode()
     if not store.put_if_absent(name.manifest_key, manifest) and store.get(name.manifest_key) != manifest:
         raise SaveFailed(name, "no manifest there", "one of another writer")
-    for rank in range(identity.world_size):
-        store.delete(_receipt_key(name, rank))
+    _delete_receipts(store, name, identity.world_size)
     return name
+
+
+def _delete_receipts(store: ObjectStore, name: CheckpointName, world_size: int) -> None:
+    try:
+        for rank in range(world_size):
+            store.delete(_receipt_key(name, rank))
+    except OSError as error:
+        # The checkpoint is committed, whatever becomes of them: the next attempt's sweep takes what is left.
+        log.warning("receipts of %s stay for now: %s", name, error)
 
 
 def _receipt_key(name: CheckpointName, rank: int) -> str:

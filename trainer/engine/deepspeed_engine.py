@@ -60,7 +60,8 @@ class DeepSpeedEngine:
         self._zero = self._engine.optimizer
         self._partitions = _Partitions(self._zero, dict(module.named_parameters()), group)
         self._guard: Callable[[float], Decision] | None = None
-        self._decision = Decision.CONTINUE
+        self._decision: Decision | None = None
+        self._overflow = False
         _ask_guard_inside(self._zero, self._decide)
         for interval in self._intervals("master"):
             whole = source[interval.name.removeprefix(f"{part}/")].reshape(-1)
@@ -84,9 +85,10 @@ class DeepSpeedEngine:
         for settings in self._zero.optimizer.param_groups:
             settings["lr"] = lr
         scale = self.loss_scale()
-        self._guard, self._overflow = guard, False
+        self._guard, self._decision, self._overflow = guard, None, False
         self._engine.step()
         self._guard = None
+        assert self._decision is not None, "DeepSpeed's update did not ask for the gradient norm"
         if self._decision is not Decision.CONTINUE and not self._overflow:
             self._set_loss_scale(scale)  # the scale answers to overflows, not to what the guard refused
         return self._decision

@@ -1,7 +1,8 @@
 """BackgroundTracker: hands everything to a thread that talks to a tracking server.
 
 Always holds: a call puts something on the spool and returns; a server that is dead, slow or full costs no step, and
-what it did not acknowledge stays in the spool until it does. Made by `trainer.run` on rank 0.
+what it did not acknowledge stays in the spool until it does; no exception ends the thread. Made by `trainer.run` on
+rank 0.
 """
 
 from __future__ import annotations
@@ -102,16 +103,18 @@ class BackgroundTracker:
                 while delivery.deliver():
                     self._say_what_was_lost()
                 self._send_pictures(server)
-            except ServerFailed as error:
-                if failures == 0:
-                    log.warning("tracking: %s; training goes on, the points wait", error)
-                failures += 1
-                self._given_up.wait(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1])
-                continue
             except Superseded as error:
                 log.warning("tracking: %s; this attempt says nothing more", error)
                 self._superseded = True
                 return
+            except Exception as error:  # noqa: BLE001  (without this thread the spool would only fill)
+                if failures == 0:
+                    # Of what nobody foresaw the type alone: its text may hold an address with credentials.
+                    reason = error if isinstance(error, ServerFailed) else f"unforeseen {type(error).__name__}"
+                    log.warning("tracking: %s; training goes on, the points wait", reason)
+                failures += 1
+                self._given_up.wait(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1])
+                continue
             if failures:
                 log.info("tracking: the server answers again, everything that waited has arrived")
                 failures = 0

@@ -79,44 +79,58 @@ def check_server(uri: str) -> None:
 
 
 def open_run(uri: str, about: RunAbout) -> str:
-    """The id of the run on the server, made if it is not there yet; it is RUNNING now. Raises UserError."""
+    """The id of the run on the server, made if it is not there yet; it is RUNNING now, and of this attempt, unless a
+    newer one claimed it meanwhile. Raises UserError."""
     with _refusing(uri):
         client = _client(uri)
         experiment = _experiment(client)
         tags = {IDENTITY: about.identity, RUN: about.run, STORE: about.store}
-        run_id = _find_or_create(client, experiment, IDENTITY, about.identity, tags, about.run)
-        client.update_run(run_id, status="RUNNING")
-        _log_settings(client, run_id, about)
-        _log_datasets(client, run_id, about)
+        run_id = _find_or_create(client, experiment, f"tags.`{IDENTITY}` = '{about.identity}'", tags, about.run)
+        run = client.get_run(run_id)
+        if _newer_than(about.attempt, run):
+            return run_id
+        client.set_tag(run_id, ATTEMPT, str(about.attempt))  # first: an older driver that ends now leaves it alone
         if about.config.get("heldout"):
             _heldout_run(client, run_id)
+        _set_status(client, run, "RUNNING")
+        _log_settings(client, run_id, about)
+        _log_datasets(client, run_id, about)
     _store_config(uri, run_id, about)
     return run_id
 
 
-def end_run(uri: str, run_id: str, status: Status) -> None:
-    """Note how the run stands now. Raises ServerFailed."""
+def end_run(uri: str, run_id: str, status: Status, attempt: int) -> None:
+    """Note how the run stands after `attempt`, unless a newer one goes on with it. Raises ServerFailed."""
     with _failing():
-        _client(uri, CHECK_TIMEOUT_S).update_run(run_id, status=status)
+        client = _client(uri, CHECK_TIMEOUT_S)
+        run = client.get_run(run_id)
+        if not _newer_than(attempt, run):
+            _set_status(client, run, status)
 
 
 def list_runs(uri: str) -> list[RunFigures]:
     """Every training run of the server, newest first. Raises UserError."""
     with _refusing(uri):
         client = _client(uri)
-        found = _search(client, _experiment(client), f"tags.`{RUN}` LIKE '%'")
-        children = {
-            run.data.tags[PARENT]: run for run in _search(client, _experiment(client), f"tags.`{PART}` = 'heldout'")
-        }
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:  # nothing was tracked there yet, and reading makes nothing
+            return []
+        found = _search(client, experiment.experiment_id, f"tags.`{RUN}` LIKE '%'")
+        parts = _search(client, experiment.experiment_id, f"tags.`{PART}` = 'heldout'")
+        children = {part.data.tags[PARENT]: part for part in parts if PARENT in part.data.tags}
         return [_figures(run, children.get(run.info.run_id)) for run in reversed(found)]
 
 
 def first_heldout(uri: str, run_id: str) -> dict[str, float]:
-    """The run's first held-out figures, by term. Raises ServerFailed."""
+    """The run's first held-out figures, by term; none without a child run. Raises ServerFailed."""
     with _failing():
         client = _client(uri)
-        child = _heldout_run(client, run_id)
-        histories = {name: client.get_metric_history(child, name) for name in client.get_run(child).data.metrics}
+        children = _heldout_runs(client, client.get_run(run_id))
+        histories = {
+            name: client.get_metric_history(child.info.run_id, name)
+            for child in children
+            for name in child.data.metrics
+        }
     first = {name: min(history, key=lambda metric: metric.step).value for name, history in histories.items()}
     return {name.removeprefix(HELDOUT): value for name, value in first.items()}
 
@@ -149,9 +163,10 @@ class MlflowServer:
     def newest_steps(self) -> dict[str, int]:
         with _failing():
             steps = {}
-            for run_id in (self._run_id, self._heldout_id()):
+            run = self._client.get_run(self._run_id)
+            for part in (run, *_heldout_runs(self._client, run)):
                 # The server keeps the newest point of each metric by step; only the message has the step of it.
-                for metric in self._client.get_run(run_id).data.to_proto().metrics:
+                for metric in part.data.to_proto().metrics:
                     steps[metric.key] = metric.step
             return steps
 
@@ -170,7 +185,7 @@ class MlflowServer:
                 self._client.log_batch(self._run_id, metrics=metrics[False], tags=tags)
 
     def send_picture(self, key: str, png: bytes) -> None:
-        with _failing(), TemporaryDirectory(prefix="glidepath-") as folder:
+        with _artifacts_failing(), TemporaryDirectory(prefix="glidepath-") as folder:
             path = Path(folder, Path(key).name)
             path.write_bytes(png)
             self._client.log_artifact(self._run_id, str(path), str(Path(key).parent))
@@ -200,14 +215,26 @@ def _client(uri: str, timeout_s: int = TIMEOUT_S) -> Any:
 
 @contextmanager
 def _failing() -> Iterator[None]:
-    """Whatever the client raises as ServerFailed, in one line."""
-    import requests
-    from mlflow.exceptions import MlflowException
-
+    """Whatever the client raises as ServerFailed, in one line; also that there is no client."""
+    try:
+        import requests
+        from mlflow.exceptions import MlflowException
+    except ImportError as error:
+        raise ServerFailed(f"mlflow is not installed: {error}") from None
     try:
         yield
     except (MlflowException, requests.RequestException, OSError, UserError) as error:
         raise ServerFailed(_one_line(error)) from None
+
+
+@contextmanager
+def _artifacts_failing() -> Iterator[None]:
+    """The same for artifacts, whose stores have client libraries of their own with exceptions of any kind, or lack
+    them. Their text stays out: it may hold a signed address."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  (any kind)
+        raise ServerFailed(f"its artifact store: {_known_sign(error) or type(error).__name__}") from None
 
 
 @contextmanager
@@ -228,11 +255,14 @@ def _refusing(uri: str) -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     """An exception's message without what surrounds it: the client nests three libraries' messages in each other."""
-    text = " ".join(str(error).split())
+    return _known_sign(error) or " ".join(str(error).split())[:300]
+
+
+def _known_sign(error: Exception) -> str | None:
     for sign, meaning in (("Connection refused", "connection refused"), ("timed out", "no answer in time")):
-        if sign in text:
+        if sign in str(error):
             return meaning
-    return text[:300]
+    return None
 
 
 def _experiment(client: Any) -> str:
@@ -261,9 +291,9 @@ def _search(client: Any, experiment: str, condition: str) -> list[Any]:
             return runs
 
 
-def _find_or_create(client: Any, experiment: str, key: str, value: str, tags: dict[str, str], name: str) -> str:
-    """The oldest run with that tag. Where two make it at the same time, both then see the oldest, and it stays."""
-    condition = f"tags.`{key}` = '{value}'"
+def _find_or_create(client: Any, experiment: str, condition: str, tags: dict[str, str], name: str) -> str:
+    """The oldest run that meets the condition, as one with these tags does. Where two make it at the same time, both
+    then see the oldest, and it stays."""
     found = _search(client, experiment, condition)
     if not found:
         made = client.create_run(experiment, tags=tags, run_name=name)
@@ -278,7 +308,30 @@ def _heldout_run(client: Any, parent: str) -> str:
     run = client.get_run(parent)
     tags = {PARENT: parent, PART: "heldout"}
     name = f"{run.info.run_name} held-out"
-    return _find_or_create(client, run.info.experiment_id, PARENT, parent, tags, name)
+    return _find_or_create(client, run.info.experiment_id, _heldout_condition(parent), tags, name)
+
+
+def _heldout_runs(client: Any, parent: Any) -> list[Any]:
+    """The child run of held-out figures, if there is one; nothing is made."""
+    return _search(client, parent.info.experiment_id, _heldout_condition(parent.info.run_id))
+
+
+def _heldout_condition(parent: str) -> str:
+    return f"tags.`{PARENT}` = '{parent}' AND tags.`{PART}` = 'heldout'"  # users may nest runs of their own
+
+
+def _newer_than(attempt: int, run: Any) -> bool:
+    """Whether a newer attempt claimed the run, which is said."""
+    newest = int(run.data.tags.get(ATTEMPT, 0))
+    if newest > attempt:
+        log.warning("tracking: attempt %d logs to this run now; attempt %d leaves it alone", newest, attempt)
+    return newest > attempt
+
+
+def _set_status(client: Any, run: Any, status: Status) -> None:
+    """Of a run and its child."""
+    for part in (run, *_heldout_runs(client, run)):
+        client.update_run(part.info.run_id, status=status)
 
 
 def _log_settings(client: Any, run_id: str, about: RunAbout) -> None:
@@ -319,7 +372,7 @@ def _log_datasets(client: Any, run_id: str, about: RunAbout) -> None:
 def _store_config(uri: str, run_id: str, about: RunAbout) -> None:
     """The whole resolved configuration as a file of the run. A broken artifact store is no reason not to train."""
     try:
-        with _failing():
+        with _artifacts_failing():
             text = yaml.safe_dump(about.config, sort_keys=False)
             _client(uri).log_text(run_id, text, f"config/attempt-{about.attempt:05d}.yaml")
     except ServerFailed as error:
