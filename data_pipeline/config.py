@@ -71,7 +71,7 @@ def read_values(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, A
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError:
-            raise UsageError(f"override {key}", "a YAML value", repr(text), "quote the value") from None
+            raise UsageError(f"override {key}", "a YAML value", _shown(text), "quote the value") from None
         _set_key(values, key, value)
     return values
 
@@ -144,7 +144,13 @@ def _usage_error(model: type[Settings], invalid: ValidationError, source: str) -
     message = message.removeprefix("Input should be ")
     if not location:
         name = source
-    return UsageError(name, message, found or repr(error["input"]), "correct the value")
+    return UsageError(name, message, found or _shown(error["input"]), "correct the value")
+
+
+def _shown(value: Any) -> str:
+    """What was given, without user and query of addresses: they may be secret."""
+    without_user = re.sub(r"//[^/@\s'\"]*@", "//…@", repr(value))
+    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\",}\]]*", r"\1?…", without_user)
 
 
 def _fields_at(model: Any, location: typing.Sequence[int | str]) -> set[str]:

@@ -88,7 +88,7 @@ def asked(tar: RemoteTar) -> RemoteTar:
         store, key = _store_and_key(tar)
         try:
             version, size = store.facts(key)
-        except ObjectNotFound:
+        except (ObjectNotFound, ValueError):  # ValueError: a key that no store of ours holds, such as a//b
             raise UserError(
                 f"input {tar.uri}", "a tar, or a prefix that ends with /", "nothing", "correct uri"
             ) from None

@@ -106,7 +106,8 @@ def accumulate(trainee: Trainee, phase: Phase, engine: Engine, micro_batches: Se
 @contextmanager
 def only_trained(engines: Mapping[str, Engine], part: str) -> Iterator[None]:
     """Inside, every part but `part` is frozen: no gradient reaches its parameters."""
-    others = [parameter for name, engine in engines.items() if name != part for parameter in engine.module.parameters()]
+    modules = [engine.module for name, engine in engines.items() if name != part]
+    others = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     for parameter in others:
         parameter.requires_grad_(False)
     try:

@@ -19,7 +19,6 @@ from data_pipeline.storage import ObjectNotFound, ObjectStore, canonical_json
 
 log = logging.getLogger(__name__)
 
-STOP_FOLDERS = ("stop/", "ended/")
 POLL_S = 1.0  # a store tells nobody when an object appears
 
 Outcome = Literal["finished", "stopped", "failed", "died"]

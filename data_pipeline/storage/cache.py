@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 DEFAULT_BYTES = 20 * 2**30
 FILLING = ".part"  # ending of a file that is not whole yet
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -79,7 +80,7 @@ class Cache:
                 file.write(piece)
             file.flush()
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in NO_ROOM:
                 raise
             raise CacheFull(f"no space left in {self.folder}") from None
         if filled != size_bytes:
@@ -115,12 +116,13 @@ class Cache:
                     files.append((facts.st_mtime_ns, facts.st_size, path))
             excess = sum(size for _, size, _ in files) + size_bytes - self.limit_bytes
             excess = max(excess, size_bytes - _free_bytes(self.folder))
-            for _, size, path in sorted(files):
-                if excess > 0 and NAME.fullmatch(path.name):
+            removable = [(path, size) for _, size, path in sorted(files) if NAME.fullmatch(path.name)]
+            if excess > sum(size for _, size in removable):
+                raise CacheFull(f"{size_bytes} bytes do not fit into {self.folder} (at most {self.limit_bytes} bytes)")
+            for path, size in removable:
+                if excess > 0:
                     path.unlink()
                     excess -= size
-            if excess > 0:
-                raise CacheFull(f"{size_bytes} bytes do not fit into {self.folder} (at most {self.limit_bytes} bytes)")
             if size_bytes:
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
 

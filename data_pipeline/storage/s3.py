@@ -222,8 +222,14 @@ class S3Store:
             self._call("complete_multipart_upload", key, UploadId=upload_id, MultipartUpload={"Parts": done})
         except _Refused as refused:
             # A repeat of a request whose answer was lost meets its own success.
-            if refused.failure.code != "NoSuchUpload" or self.facts(key)[1] != size:
+            if refused.failure.code != "NoSuchUpload" or not self._has(key, size):
                 raise
+
+    def _has(self, key: str, size: int) -> bool:
+        try:
+            return self.facts(key)[1] == size
+        except ObjectNotFound:
+            return False
 
     def _abort(self, key: str, upload_id: str) -> None:
         try:

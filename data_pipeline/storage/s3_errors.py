@@ -81,7 +81,7 @@ def explain(error: Any, endpoint: str) -> Failure:
         return Failure("credentials", f"none that can be used ({kind})", NO_CREDENTIALS)
     if kind == "ParamValidationError":
         return Failure("a bucket and keys that S3 allows", "others", "check the URI")
-    if kind == "SSLError":
+    if kind == "SSLError" and "CERTIFICATE_VERIFY_FAILED" in str(error):  # any other may be a handshake that was cut
         return Failure(f"a trusted certificate of {where}", "another", "set AWS_CA_BUNDLE, or check the endpoint")
     check = "check that it runs, AWS_ENDPOINT_URL and the network"
     return Failure(f"an answer from {where}", f"no answer from {where} ({kind})", check, transient=True)

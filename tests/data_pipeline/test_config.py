@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import PRESETS, Settings, find_config, parse, read_values
+from data_pipeline.corpus import CorpusConfig
 from data_pipeline.errors import UsageError
 
 
@@ -82,3 +83,13 @@ def test_the_promised_presets_exist() -> None:
     train |= {"glide-base-released", "glide-upsampler-released"}
     assert train <= {path.stem for path in (PRESETS / "train").glob("*.yaml")}
     assert {"demo", "photos"} <= {path.stem for path in (PRESETS / "corpus").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("given", ["{kind: webdataset, uri: 'U'}", "['U']", "'U'", "[{kind: no, uri: 'U'}]", "'U"])
+def test_a_refused_value_is_shown_without_the_signature_or_user_of_an_address(given: str, tmp_path: Path) -> None:
+    file = tmp_path / "corpus.yaml"
+    file.write_text("output: x")
+    for address in ("https://host/a.tar?Signature=SECRET&x=1", "s3://KEY:SECRET@bucket/a.tar"):
+        with pytest.raises(UsageError) as refused:
+            parse(CorpusConfig, read_values(file, [f"inputs={given.replace('U', address)}"]), "corpus")
+        assert "SECRET" not in str(refused.value)

@@ -17,6 +17,7 @@ import pytest
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.storage import ObjectNotFound, StoreError, open_store, s3
 from data_pipeline.storage.s3 import S3Store
+from data_pipeline.storage.s3_errors import explain
 
 DATA = random.Random(0).randbytes(12 * 2**20 + 5)
 
@@ -195,3 +196,21 @@ def test_without_boto3_the_refusal_says_what_to_install(monkeypatch: pytest.Monk
 def test_a_missing_key_is_not_a_failure_of_the_store(s3_uri: str) -> None:
     with pytest.raises(ObjectNotFound, match="absent"):
         S3Store(s3_uri).get("absent")
+
+
+def test_a_handshake_that_is_cut_is_tried_again_and_a_bad_certificate_is_not() -> None:
+    cut, bad = (
+        botocore.exceptions.SSLError(endpoint_url="https://host", error=text)
+        for text in ("EOF occurred", "CERTIFICATE_VERIFY_FAILED")
+    )
+    assert explain(cut, "https://host").transient
+    assert not explain(bad, "https://host").transient
+    assert "certificate" in explain(bad, "https://host").expected
+
+
+def test_a_finished_upload_whose_object_is_gone_is_a_failure_of_the_store(swift_uri: str) -> None:
+    store = S3Store(swift_uri)
+    upload = store._call("create_multipart_upload", "swept", ChecksumAlgorithm="CRC32")["UploadId"]
+    store._abort("swept", upload)
+    with pytest.raises(StoreError, match="NoSuchUpload"):
+        store._complete("swept", upload, [{"PartNumber": 1, "ETag": '"0123456789abcdef0123456789abcdef"'}], 1)

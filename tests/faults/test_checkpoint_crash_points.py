@@ -228,3 +228,15 @@ def test_a_store_that_refuses_deletes_costs_neither_a_checkpoint_nor_a_start(
     assert prepare_run(config) == 2 and "leftovers of earlier attempts stay for now: deleting" in caplog.text
     store.refuses = False
     assert prepare_run(config) == 3 and not orphans(store)
+
+
+def test_a_sweep_leaves_uploads_that_are_not_the_runs(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    take_attempt(store, {"config": {}})
+    foreign = tmp_path / "datasets" / "abc" / f".upload-{'0' * 32}-shard-00000.arrow"
+    own = tmp_path / "samples" / f".upload-{'0' * 32}-grid.png"
+    for path in (foreign, own):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+    assert sweep(store, 1) == 1
+    assert foreign.exists() and not own.exists()

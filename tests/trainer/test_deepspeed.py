@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 CASES = [(stage, precision, "none") for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
-CASES += [(2, "fp16", "none"), (3, "bf16", "cpu")]
+CASES += [(2, "fp16", "none"), (3, "bf16", "cpu"), (2, "bf16", "cpu"), (2, "fp16", "cpu")]
 WORLD_SIZE = 2
 
 
@@ -83,6 +83,9 @@ def test_a_bad_gradient_under_a_normal_loss_changes_nothing_and_the_next_update_
         assert 0 < case[f"{what}: loss"] < 3
         assert case[f"{what}: nothing changed"], what
     assert case["the next update is applied"]
+    refused, applied = case["norm when refused and when applied"]
+    assert refused == pytest.approx(applied, rel=1e-6), "nothing of a refused gradient is left"
+    assert case["loss scale"] in (None, 1.0), "the guard's refusals do not move it"
 
 
 def test_a_resume_is_exact_to_the_bit(case: dict[str, Any]) -> None:

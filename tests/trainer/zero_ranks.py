@@ -30,6 +30,7 @@ from trainer.config import TrainConfig
 from trainer.engine.engine import Engine
 from trainer.engine.group import Group, open_group
 from trainer.engine.replicated import ReplicatedEngine
+from trainer.guard import GuardHistory
 from trainer.recipes import make_recipe, parse_train_config
 from trainer.recipes.recipe import Batch, Losses, Phase
 from trainer.run import identity_of, make_engine
@@ -175,8 +176,15 @@ def check_stage(bench: Bench, stage: int, precision: str, offload: str) -> dict[
         found[f"{what}: refused because"] = str(refused.get("skipped"))
         found[f"{what}: loss"] = refused["loss/total"]
         found[f"{what}: nothing changed"] = bench.everywhere(same(before, state_of(trainee)))
+    scales = [1.0] if precision == "fp16" else []
+    for scale in [None, *scales]:  # fp16: at the floor of its scale as well
+        if scale:
+            trainee.engines[name]._set_loss_scale({"cur_scale": scale, "cur_hysteresis": 1})  # type: ignore[attr-defined]
+        norm = refused_by_history(bench, trainee)
     (after,) = bench.steps(trainee, 4, 5)
     found["the next update is applied"] = "skipped" not in after and trainee.engines[name].optimizer_steps() == 5
+    found["norm when refused and when applied"] = [norm, after["grad_norm"]]
+    found["loss scale"] = after.get("loss_scale")
 
     resumed = bench.restored(trainee, 5 * config.batch)
     found["restored equals saved"] = bench.everywhere(same(state_of(trainee), state_of(resumed)))
@@ -191,6 +199,16 @@ def check_stage(bench: Bench, stage: int, precision: str, offload: str) -> dict[
         all(torch.equal(values, whole[key][offset : offset + len(values)]) for (key, offset), values in ema.items())
     )
     return found
+
+
+def refused_by_history(bench: Bench, trainee: Trainee) -> float:
+    """The norm of an ordinary update that the guard refuses, because it remembers smaller ones."""
+    guards = dict(trainee.guards)
+    trainee.guards = {name: GuardHistory((1e-9,), (1e-9,), accepted=100) for name in guards}
+    (refused,) = bench.steps(trainee, 4, 5)
+    assert "times its median" in str(refused["skipped"])
+    trainee.guards = guards
+    return float(refused["grad_norm"])
 
 
 def check_losses(bench: Bench, stage: int) -> dict[str, Any]:

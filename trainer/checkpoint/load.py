@@ -76,9 +76,12 @@ def fill(store: ObjectStore, name: CheckpointName, manifest: Manifest, wanted: I
     then."""
     intervals = list(wanted)
     reads = plan_reads([(i.name, i.kind, i.offset, len(i.values)) for i in intervals], manifest.parts)
-    readers = [PartReader(store, name.folder + part.file, part) for part in manifest.parts]
+    number, reader = -1, None
     for read in reads:
-        data = readers[read.part].read(read.begin, read.end)
+        if reader is None or read.part != number:  # reads are sorted by part, and a reader holds on to a block
+            number, part = read.part, manifest.parts[read.part]
+            reader = PartReader(store, name.folder + part.file, part)
+        data = reader.read(read.begin, read.end)
         values = torch.from_numpy(np.frombuffer(data, np.float32).copy())
         target = intervals[read.wanted].values
         target[read.at : read.at + len(values)].copy_(values)

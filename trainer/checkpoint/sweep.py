@@ -10,7 +10,6 @@ from data_pipeline.storage import ObjectStore
 from trainer.checkpoint.attempts import ATTEMPTS, number_of
 from trainer.checkpoint.manifest import CHECKPOINTS, CheckpointName, committed, name_of_key, read_manifest
 from trainer.checkpoint.parts import CheckpointDamaged
-from trainer.stop import STOP_FOLDERS
 
 
 def sweep(store: ObjectStore, attempt: int) -> int:
@@ -32,10 +31,10 @@ def sweep(store: ObjectStore, attempt: int) -> int:
         name = name_of_key(key)
         if name is not None:
             return name.attempt < attempt
-        if key.startswith(STOP_FOLDERS):
-            return False  # somebody may be asking for a stop right now
-        # A driver that starts right now writes the record of a higher attempt.
-        return not key.startswith(ATTEMPTS) or number_of(key) <= attempt
+        if key.startswith(ATTEMPTS):  # a driver that starts right now writes the record of a higher attempt
+            return number_of(key) <= attempt
+        # A stop may be asked for right now; whatever else lies here is not this run's.
+        return key.startswith(("samples/", "tracking/"))
 
     return swept + store.sweep_uploads("", ours_to_take)
 

@@ -43,7 +43,8 @@ class DeepSpeedEngine:
         self._part, self._build, self._config, self._group = part, build, config, group
         self.precision = config.precision
         module = build()
-        source = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        # DeepSpeed gives the parameters other memory and leaves this one as it is.
+        source = {name: parameter.detach() for name, parameter in module.named_parameters()}
         self.parameter_sizes = {f"{part}/{name}": values.numel() for name, values in source.items()}
         adam = torch.optim.AdamW(
             module.parameters(),
@@ -58,6 +59,8 @@ class DeepSpeedEngine:
         )
         self.module: nn.Module = self._engine.module
         self._zero = self._engine.optimizer
+        if config.precision == "fp16":
+            self._zero.loss_scaler.raise_error_at_min_scale = False  # at the floor the guard decides
         self._partitions = _Partitions(self._zero, dict(module.named_parameters()), group)
         self._guard: Callable[[float], Decision] | None = None
         self._decision: Decision | None = None
@@ -89,9 +92,18 @@ class DeepSpeedEngine:
         self._engine.step()
         self._guard = None
         assert self._decision is not None, "DeepSpeed's update did not ask for the gradient norm"
-        if self._decision is not Decision.CONTINUE and not self._overflow:
-            self._set_loss_scale(scale)  # the scale answers to overflows, not to what the guard refused
+        if self._decision is not Decision.CONTINUE:
+            self._forget_gradients()
+            if not self._overflow:
+                self._set_loss_scale(scale)  # the scale answers to overflows, not to what the guard refused
         return self._decision
+
+    def _forget_gradients(self) -> None:
+        """What DeepSpeed's way past an overflow leaves under offload in stages 1 and 2: the fp32 sums of the refused
+        update, which would count in the next one."""
+        if getattr(self._zero, "cpu_offload", False):
+            for number in self._zero.averaged_gradients:
+                self._zero.averaged_gradients[number] = None
 
     def _decide(self, scaled_norm: Any) -> bool:
         """Whether the update with this global norm (times the loss scale) may happen."""
@@ -193,7 +205,8 @@ def _prepare_deepspeed(config: TrainConfig, group: Group) -> None:
         raise UserError("precision", "fp32 or bf16 on this device", "fp16", "choose one of them")
     # Else the first start on a CPU compiles an extension, and a kill meanwhile leaves a lock that hangs the next.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    # ERROR: it calls a refusal by the guard an overflow. The loop says what was skipped, and why.
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
     os.environ.setdefault("LOCAL_RANK", "0")
     group.ensure_process_group()
 
