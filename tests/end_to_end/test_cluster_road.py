@@ -120,7 +120,8 @@ def test_the_whole_road_on_a_cluster(stack_env: Any, tmp_path: Path) -> None:
     log = job_log()
     assert requests.get(status_url, timeout=30).json()["status"] == "SUCCEEDED", log[-3000:]
     [resumed] = re.findall(r"resume: from images-0*(\d+)/attempt-1", log)
-    assert int(resumed) >= 2 * EVERY, "from a checkpoint of the attempt that died"
+    of_the_first = [name.position for name in committed(store) if name.attempt == 1]
+    assert int(resumed) == max(of_the_first) >= 2 * EVERY, "from the newest checkpoint of the attempt that died"
 
     # The same run again goes on with it, under the same MLflow run.
     further = glidepath("submit", "train", str(config), f"images={IMAGES + 256}")
