@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -207,6 +208,8 @@ def _prepare_deepspeed(config: TrainConfig, group: Group) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ERROR: it calls a refusal by the guard an overflow. The loop says what was skipped, and why.
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    # DeepSpeed calls torch by older names; nobody who trains can mend that.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     os.environ.setdefault("LOCAL_RANK", "0")
     group.ensure_process_group()
 
