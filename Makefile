@@ -29,6 +29,7 @@ drills: .venv/test-installed
 
 .venv/test-installed: .venv/demo-installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[cluster,demo,dev]'
+	$(BIN)/python -c "from cluster.services import install_swift; install_swift(print)"
 	touch $@
 
 clean:
