@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
-import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import kill_worker_1_at
 
 from cluster.cli import run
 from cluster.launch import Event, WorkerDied
@@ -43,18 +42,6 @@ def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return json.loads(captured.out)
-
-
-def kill_worker_1_at(images: int) -> Callable[[Event], None]:
-    pids: list[int] = []
-
-    def on_event(event: Event) -> None:
-        if event["event"] == "started":
-            pids.extend(event["pids"])
-        if event["event"] == "progress" and event["images"] == images:
-            os.kill(pids[1], signal.SIGKILL)
-
-    return on_event
 
 
 def steps(client: Any, run_id: str, name: str) -> list[int]:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
+from support import wait_for
 
 from cluster import submit
 from cluster.cli import run
@@ -340,15 +340,6 @@ def answered(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> 
     captured = capsys.readouterr()
     assert found == code and "Traceback" not in captured.err, captured.err
     return json.loads(captured.out), captured.err
-
-
-def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:
-    """Poll, since jobs cannot tell."""
-    until = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    return found
 
 
 def test_a_corpus_and_a_run_go_through_the_cluster_and_the_run_goes_on(

@@ -9,14 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from support import wait_for
 
 from data_pipeline.storage import open_store
 from trainer.checkpoint.manifest import committed
@@ -45,15 +44,6 @@ def glidepath(*arguments: str, **environment: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout + done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document
-
-
-def wait_for(done: Callable[[], Any], seconds: float = 300) -> Any:
-    """Poll, since other processes cannot tell."""
-    until = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    return found
 
 
 def histories(server: str, mlflow_run_id: str) -> dict[str, list[int]]:
@@ -112,11 +102,11 @@ def test_the_whole_road_on_a_cluster(stack_env: Any, tmp_path: Path) -> None:
     def job_log() -> str:
         return str(requests.get(log_url, timeout=30).json()["logs"])
 
-    wait_for(lambda: [name for name in committed(store) if name.position >= 2 * EVERY])
+    wait_for(lambda: [name for name in committed(store) if name.position >= 2 * EVERY], seconds=300)
     [victim] = re.findall(r"rank 1: process (\d+)", job_log())
     os.kill(int(victim), signal.SIGKILL)
     status_url = f"{stack_env.dashboard}/api/jobs/{submitted}"
-    wait_for(lambda: requests.get(status_url, timeout=30).json()["status"] in ("SUCCEEDED", "FAILED", "STOPPED"))
+    wait_for(lambda: requests.get(status_url, timeout=30).json()["status"] in ("SUCCEEDED", "FAILED", "STOPPED"), 300)
     log = job_log()
     assert requests.get(status_url, timeout=30).json()["status"] == "SUCCEEDED", log[-3000:]
     [resumed] = re.findall(r"resume: from images-0*(\d+)/attempt-1", log)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support import consumed_ids, kill_worker_1_at
 
 from cluster.launch import Event, WorkerDied
 from cluster.training import train_run
@@ -42,27 +41,9 @@ def digests(store: str, position: int) -> list[str]:
     return [part.sha256 for part in manifest.parts]
 
 
-def consumed_ids(store: str) -> list[tuple[int, list[int]]]:
-    """(position, ids of the global batch) in the order in which a run consumed them."""
-    lines = Path(store, "tracking", "consumed.jsonl").read_text().splitlines()
-    return [(line["position"], line["ids"]) for line in map(json.loads, lines)]
-
-
 def resumes(store: str) -> list[dict[str, Any]]:
     lines = map(json.loads, Path(store, "tracking", "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line.get("event") == "resume"]
-
-
-def kill_worker_1_at(images: int) -> Callable[[Event], None]:
-    pids: list[int] = []
-
-    def on_event(event: Event) -> None:
-        if event["event"] == "started":
-            pids.extend(event["pids"])
-        if event["event"] == "progress" and event["images"] == images:
-            os.kill(pids[1], signal.SIGKILL)
-
-    return on_event
 
 
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_to_the_bit(train_values: Values) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import consumed_ids
 
 from cluster.training import train_run
 from data_pipeline.storage import LocalStore
@@ -18,11 +18,6 @@ from trainer.tracking.jsonl import read_curves
 Values = Callable[..., dict[str, Any]]
 
 CHAIN = ((3, 2), (1, 1), (2, 2), (0, 3))  # (ZeRO stage, ranks)
-
-
-def consumed_ids(store: str) -> list[tuple[int, list[int]]]:
-    lines = map(json.loads, Path(store, "tracking", "consumed.jsonl").read_text().splitlines())
-    return [(line["position"], line["ids"]) for line in lines]
 
 
 def test_a_run_goes_through_every_zero_stage_and_several_world_sizes_without_conversion(train_values: Values) -> None:

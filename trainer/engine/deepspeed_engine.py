@@ -41,7 +41,7 @@ class DeepSpeedEngine:
 
     def __init__(self, part: str, build: Callable[[], nn.Module], config: TrainConfig, group: Group) -> None:
         _prepare_deepspeed(config, group)
-        self._part, self._build, self._config, self._group = part, build, config, group
+        self._part, self._build, self._group = part, build, group
         self.precision = config.precision
         module = build()
         # DeepSpeed gives the parameters other memory and leaves this one as it is.
@@ -249,14 +249,11 @@ class _Partitions:
             zero.optimizer.state[flat] = {"step": self.steps[number], **moments}
 
     def _of_stages_1_and_2(self, parameters: dict[str, nn.Parameter]) -> Iterator[_Place]:
-        numbers = {flat.data_ptr(): number for number, flat in enumerate(self.flats)}
         for name, parameter in parameters.items():
             mapping = cast(Any, parameter)._hp_mapping
             if mapping is not None:  # None: no part of it is on this rank
                 held, place = mapping.hp_fragment_address, mapping.lp_fragment_address
-                flat = mapping.param_group_index
-                assert self.flats[flat].data_ptr() in numbers
-                yield _Place(name, place.start, held.numel, flat, held.start)
+                yield _Place(name, place.start, held.numel, mapping.param_group_index, held.start)
 
     def _of_stage_3(self, rank: int) -> Iterator[_Place]:
         for number, sub_group in enumerate(self._zero.fp16_groups):
