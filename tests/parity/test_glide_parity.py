@@ -85,7 +85,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def captions() -> dict[str, Tensor]:
-    return {"tokens_BL": tensor("tokenizer|bpe|tokens"), "mask_BL": tensor("tokenizer|bpe|mask")}
+    return {"tokens": tensor("tokenizer|bpe|tokens"), "mask": tensor("tokenizer|bpe|mask")}
 
 
 def test_every_reference_key_is_compared_or_named_as_elsewhere() -> None:
@@ -114,9 +114,7 @@ def test_base_output_agrees() -> None:
 
 
 def test_upsampler_output_agrees() -> None:
-    output = released("upsample")(
-        tensor("input|x32"), tensor("input|t"), low_res_BCHW=tensor("input|low8"), **captions()
-    )
+    output = released("upsample")(tensor("input|x32"), tensor("input|t"), low_res=tensor("input|low8"), **captions())
     assert_agrees(output, "upsample|out")
 
 

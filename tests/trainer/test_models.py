@@ -64,8 +64,8 @@ def inputs(batch: int = 2, seed: int = 1) -> dict[str, Tensor]:
     return {
         "x_BCHW": torch.randn(batch, 3, 16, 16, generator=generator),
         "timesteps_B": torch.randint(0, 1000, (batch,), generator=generator),
-        "tokens_BL": torch.randint(0, VOCABULARY, (batch, 6), generator=generator),
-        "mask_BL": torch.arange(6) < torch.arange(batch)[:, None] * 3,
+        "tokens": torch.randint(0, VOCABULARY, (batch, 6), generator=generator),
+        "mask": torch.arange(6) < torch.arange(batch)[:, None] * 3,
     }
 
 
@@ -92,7 +92,7 @@ def test_flops_can_be_counted_without_memory() -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = Glide(GlideModelConfig(**BASE, channels=192, **text(512, 16, 8)))
         mask = torch.empty(1, 128, dtype=torch.bool)
-        output = model(torch.empty(1, 3, 64, 64), torch.empty(1), tokens_BL=mask.long(), mask_BL=mask)
+        output = model(torch.empty(1, 3, 64, 64), torch.empty(1), tokens=mask.long(), mask=mask)
     assert output.shape == (1, 6, 64, 64)
     assert round(counter.get_total_flops() / 1e9) == 238
 
@@ -112,29 +112,29 @@ def test_fresh_embeddings_have_the_chosen_spreads() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(mask=st.lists(st.booleans(), min_size=6, max_size=6), seed=st.integers(0, 2**16))
-def test_tokens_matter_exactly_where_the_mask_is_true(mask: list[bool], seed: int) -> None:
+@given(counts=st.lists(st.booleans(), min_size=6, max_size=6), seed=st.integers(0, 2**16))
+def test_tokens_matter_exactly_where_the_mask_is_true(counts: list[bool], seed: int) -> None:
     model = tiny()
-    mask_BL = torch.tensor([mask])
+    mask = torch.tensor([counts])
     generator = torch.Generator().manual_seed(seed)
-    tokens_BL = torch.randint(0, VOCABULARY - 1, (1, 6), generator=generator)
-    same = model.encode_text(torch.where(mask_BL, tokens_BL, tokens_BL + 1), mask_BL)
-    other = model.encode_text(torch.where(mask_BL, tokens_BL + 1, tokens_BL), mask_BL)
-    encoded = model.encode_text(tokens_BL, mask_BL)
+    tokens = torch.randint(0, VOCABULARY - 1, (1, 6), generator=generator)
+    same = model.encode_text(torch.where(mask, tokens, tokens + 1), mask)
+    other = model.encode_text(torch.where(mask, tokens + 1, tokens), mask)
+    encoded = model.encode_text(tokens, mask)
     assert torch.equal(encoded.context_BLD, same.context_BLD)
-    assert torch.equal(encoded.context_BLD, other.context_BLD) == (not any(mask))
+    assert torch.equal(encoded.context_BLD, other.context_BLD) == (not any(counts))
 
 
 def test_the_projection_reads_the_last_position() -> None:
     model = tiny()
-    conditions = {key: value for key, value in inputs().items() if key in ("tokens_BL", "mask_BL")}
+    conditions = {key: value for key, value in inputs().items() if key in ("tokens", "mask")}
     encoded = model.encode_text(**conditions)
     assert torch.equal(encoded.projection_BE, model.transformer_proj(encoded.context_BLD[:, -1]))
 
 
 def test_an_encoded_caption_gives_the_output_of_the_caption() -> None:
     model, given_inputs = tiny(), inputs()
-    encoded = model.encode_text(given_inputs["tokens_BL"], given_inputs["mask_BL"])
+    encoded = model.encode_text(given_inputs["tokens"], given_inputs["mask"])
     output = model.denoise(given_inputs["x_BCHW"], given_inputs["timesteps_B"], **encoded._asdict())
     assert torch.equal(output, model(**given_inputs))
 
@@ -237,18 +237,18 @@ def test_dropout_acts_in_training_only() -> None:
 
 def test_an_upsampler_sees_its_low_resolution_image_and_demands_one_of_its_size() -> None:
     model = tiny(low_resolution=8)
-    dark, light = (model(**inputs(), low_res_BCHW=torch.full((2, 3, 8, 8), level)) for level in (-1.0, 1.0))
+    dark, light = (model(**inputs(), low_res=torch.full((2, 3, 8, 8), level)) for level in (-1.0, 1.0))
     assert not torch.allclose(dark, light)
     with pytest.raises(AssertionError, match="they need it"):
         model(**inputs())
     with pytest.raises(AssertionError, match="condition of 8 px expected"):
-        model(**inputs(), low_res_BCHW=torch.zeros(2, 3, 4, 4))
+        model(**inputs(), low_res=torch.zeros(2, 3, 4, 4))
     with pytest.raises(AssertionError, match="for upsamplers"):
-        tiny()(**inputs(), low_res_BCHW=torch.zeros(2, 3, 8, 8))
+        tiny()(**inputs(), low_res=torch.zeros(2, 3, 8, 8))
 
 
 def test_captions_of_another_length_are_refused() -> None:
-    wrong = {**inputs(), "tokens_BL": torch.zeros(2, 7, dtype=torch.int64), "mask_BL": torch.ones(2, 7) > 0}
+    wrong = {**inputs(), "tokens": torch.zeros(2, 7, dtype=torch.int64), "mask": torch.ones(2, 7) > 0}
     with pytest.raises(AssertionError, match="captions of 6 tokens expected, found 7"):
         tiny()(**wrong)
 

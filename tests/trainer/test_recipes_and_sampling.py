@@ -42,7 +42,7 @@ def test_the_base_recipe_prepares_pixels_captions_noise_and_timesteps(train_valu
     assert batch["images"].shape == (8, 3, 16, 16) and batch["images"].dtype == torch.float32
     expected = area_resize(rows["image64"][3].reshape(64, 64, 3), 16).astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(batch["images"][3].permute(1, 2, 0).numpy(), expected, atol=1e-6)
-    assert batch["mask_BL"].sum(dim=1).tolist() == np.minimum(rows["n_tokens"], 8).tolist()
+    assert batch["mask"].sum(dim=1).tolist() == np.minimum(rows["n_tokens"], 8).tolist()
     assert set(batch["timesteps"].tolist()) <= set(range(1000))
 
 
@@ -55,7 +55,7 @@ def test_the_upsampler_is_conditioned_on_the_area_reduction_of_the_picture_it_le
     batch = recipe.prepare(rows, draws_of(2))
     picture = decode_stored(rows["image256"][1])
     low = area_resize(picture, 64).astype(np.float32) / 127.5 - 1
-    np.testing.assert_allclose(batch["low_res_BCHW"][1].permute(1, 2, 0).numpy(), low, atol=1e-6)
+    np.testing.assert_allclose(batch["low_res"][1].permute(1, 2, 0).numpy(), low, atol=1e-6)
     assert batch["images"].shape == (2, 3, 256, 256)
 
 
@@ -63,7 +63,7 @@ def test_the_upsampler_is_conditioned_on_the_area_reduction_of_the_picture_it_le
 def test_caption_dropout_empties_the_mask(train_values: Values, dataset_uri: str, dropout: float, kept: int) -> None:
     recipe = make_recipe(parse_train_config(train_values(caption_dropout=dropout), "test"))
     batch = recipe.prepare(rows_of(recipe, dataset_uri, 32), draws_of(32))
-    assert bool(batch["mask_BL"].any()) == (kept > 0)
+    assert bool(batch["mask"].any()) == (kept > 0)
 
 
 def test_evaluation_never_drops_captions_except_for_a_text_free_model(train_values: Values) -> None:
@@ -78,8 +78,8 @@ def test_a_prompt_is_tokenized_as_the_corpus_was(train_values: Values) -> None:
     recipe = make_recipe(parse_train_config(train_values(), "test"))
     tokens, n_tokens = encode("A Red Apple")
     conditions = recipe.conditions(["A Red Apple"], None)
-    assert conditions["tokens_BL"][0].tolist() == tokens[:8].tolist()
-    assert int(conditions["mask_BL"].sum()) == n_tokens
+    assert conditions["tokens"][0].tolist() == tokens[:8].tolist()
+    assert int(conditions["mask"].sum()) == n_tokens
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])

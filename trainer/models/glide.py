@@ -83,30 +83,30 @@ class Glide(nn.Module):
         x_BCHW: Tensor,
         timesteps_B: Tensor,
         *,
-        tokens_BL: Tensor,
-        mask_BL: Tensor,
-        low_res_BCHW: Tensor | None = None,
+        tokens: Tensor,
+        mask: Tensor,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         """Noise (channels 0..2) and variance position (channels 3..5) at `x_BCHW`: [B, 6, H, W] float32.
 
         `x_BCHW` [B, 3, image_size, image_size] in [-1, 1] plus noise; `timesteps_B` on the original scale of training,
-        0..999, also under a respaced sampler; `tokens_BL` int64 and `mask_BL` bool [B, text_context], True where a
-        token counts (an empty caption is all False); `low_res_BCHW` [B, 3, low_resolution, low_resolution] in [-1, 1],
+        0..999, also under a respaced sampler; `tokens` int64 and `mask` bool [B, text_context], True where a
+        token counts (an empty caption is all False); `low_res` [B, 3, low_resolution, low_resolution] in [-1, 1],
         for upsamplers. Captions of another length are the caller's to cut or pad.
         """
-        text = self.encode_text(tokens_BL, mask_BL)
-        return self.denoise(x_BCHW, timesteps_B, low_res_BCHW=low_res_BCHW, **text._asdict())
+        text = self.encode_text(tokens, mask)
+        return self.denoise(x_BCHW, timesteps_B, low_res=low_res, **text._asdict())
 
-    def encode_text(self, tokens_BL: Tensor, mask_BL: Tensor) -> EncodedText:
+    def encode_text(self, tokens: Tensor, mask: Tensor) -> EncodedText:
         """The caption as the U-Net sees it; a sampler computes it once for all its steps.
 
-        Tokens where `mask_BL` is False do not matter: the padding embedding of their position stands in for them. The
+        Tokens where `mask` is False do not matter: the padding embedding of their position stands in for them. The
         projection reads the last position, for a short caption a padding position, as the release does.
         """
         length = self.config.text_context
-        assert tokens_BL.shape[1] == length, f"captions of {length} tokens expected, found {tokens_BL.shape[1]}"
-        embedded_BLD = self.token_embedding(tokens_BL) + self.positional_embedding
-        x_BLD = torch.where(mask_BL[..., None], embedded_BLD, self.padding_embedding)
+        assert tokens.shape[1] == length, f"captions of {length} tokens expected, found {tokens.shape[1]}"
+        embedded_BLD = self.token_embedding(tokens) + self.positional_embedding
+        x_BLD = torch.where(mask[..., None], embedded_BLD, self.padding_embedding)
         for block in self.transformer.resblocks:
             x_BLD = self._run(block, x_BLD)
         context_BLD = self.final_ln(x_BLD)
@@ -119,12 +119,12 @@ class Glide(nn.Module):
         *,
         projection_BE: Tensor,
         context_BLD: Tensor,
-        low_res_BCHW: Tensor | None = None,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         """`forward` for an encoded caption."""
         waves_BC = timestep_embedding(timesteps_B, self.config.channels)
         embedding_BE = self.time_embed(waves_BC.to(self.dtype)) + projection_BE
-        h_BCHW = self._join_low_res(x_BCHW, low_res_BCHW).to(self.dtype)
+        h_BCHW = self._join_low_res(x_BCHW, low_res).to(self.dtype)
         skips: list[Tensor] = []
         for stage in self.input_blocks:
             h_BCHW = self._run(stage, h_BCHW, embedding_BE, context_BLD)
@@ -134,14 +134,14 @@ class Glide(nn.Module):
             h_BCHW = self._run(stage, torch.cat([h_BCHW, skips.pop()], dim=1), embedding_BE, context_BLD)
         return self.out(h_BCHW)
 
-    def _join_low_res(self, x_BCHW: Tensor, low_res_BCHW: Tensor | None) -> Tensor:
+    def _join_low_res(self, x_BCHW: Tensor, low_res: Tensor | None) -> Tensor:
         size = self.config.low_resolution
-        assert (low_res_BCHW is not None) == (size is not None), "low_res_BCHW is for upsamplers, and they need it"
-        if low_res_BCHW is None:
+        assert (low_res is not None) == (size is not None), "low_res is for upsamplers, and they need it"
+        if low_res is None:
             return x_BCHW
-        assert low_res_BCHW.shape[-2:] == (size, size), f"condition of {size} px expected, found {low_res_BCHW.shape}"
+        assert low_res.shape[-2:] == (size, size), f"condition of {size} px expected, found {low_res.shape}"
         # The paper says bicubic (section 2.1); the released code and weights are bilinear.
-        enlarged_BCHW = F.interpolate(low_res_BCHW, x_BCHW.shape[-2:], mode="bilinear", align_corners=False)
+        enlarged_BCHW = F.interpolate(low_res, x_BCHW.shape[-2:], mode="bilinear", align_corners=False)
         return torch.cat([x_BCHW, enlarged_BCHW], dim=1)
 
     def _run(self, module: Callable[..., Tensor] | Stage, *inputs: Tensor) -> Tensor:

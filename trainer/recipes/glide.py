@@ -79,8 +79,8 @@ def to_pixels(images: Tensor) -> Pixels:
 def caption_tensors(tokens: NDArray[np.uint16], n_tokens: NDArray[np.integer], context: int) -> dict[str, Tensor]:
     """The network's caption keywords from a dataset's token columns; captions longer than `context` are cut."""
     return {
-        "tokens_BL": torch.from_numpy(tokens[:, :context].astype(np.int64)),
-        "mask_BL": torch.from_numpy(mask_of(n_tokens, context)),
+        "tokens": torch.from_numpy(tokens[:, :context].astype(np.int64)),
+        "mask": torch.from_numpy(mask_of(n_tokens, context)),
     }
 
 
@@ -147,7 +147,7 @@ class GlideDiffusion:
 
         with torch.no_grad():
             captioned = self._encoded(model, conditions)
-            empty = self._encoded(model, {**conditions, "mask_BL": torch.zeros_like(conditions["mask_BL"])})
+            empty = self._encoded(model, {**conditions, "mask": torch.zeros_like(conditions["mask"])})
             denoise = guided(model.denoise, settings.guidance_scale, captioned, empty)
             if settings.sampler == "ddim":
                 return to_pixels(ddim_sample(denoise, process, start))
@@ -156,10 +156,10 @@ class GlideDiffusion:
     def _encoded(self, model: Glide, conditions: Batch) -> dict[str, Tensor]:
         """The conditions with the caption encoded once for all steps."""
         keywords = _keywords(conditions)
-        text = model.encode_text(keywords.pop("tokens_BL"), keywords.pop("mask_BL"))
+        text = model.encode_text(keywords.pop("tokens"), keywords.pop("mask"))
         return {**keywords, **text._asdict()}
 
 
 def _keywords(batch: Batch) -> dict[str, Tensor]:
     """What of a batch the network takes: captions, and for an upsampler the low resolution."""
-    return {name: batch[name] for name in ("tokens_BL", "mask_BL", "low_res_BCHW") if name in batch}
+    return {name: batch[name] for name in ("tokens", "mask", "low_res") if name in batch}

@@ -38,7 +38,7 @@ class GlideUpsampler:
         captions = self.diffusion.captions(rows["tokens"], rows["n_tokens"], draws)
         return {
             "images": to_model_range(images),
-            "low_res_BCHW": to_model_range(self._reduce(decoded)),
+            "low_res": to_model_range(self._reduce(decoded)),
             **captions,
             **self.diffusion.noising(draws),
         }
@@ -49,7 +49,7 @@ class GlideUpsampler:
     def conditions(self, prompts: Sequence[str], images: Pixels | None) -> Batch:
         if images is None:
             raise ValueError("an upsampler needs the pictures to enlarge")
-        return {**self.diffusion.prompts(prompts), "low_res_BCHW": to_model_range(self._reduce(images))}
+        return {**self.diffusion.prompts(prompts), "low_res": to_model_range(self._reduce(images))}
 
     def sample(
         self, parts: Mapping[str, nn.Module], conditions: Batch, draws: Draws, settings: SamplingSettings
