@@ -260,6 +260,8 @@ class S3Store:
                 failure = CUT_IN_HEADERS
             except _failures() as error:
                 failure = explain(error, _endpoint())
+            except ValueError:  # of botocore's parsers, by a header that was cut: half a date, a length without digits
+                failure = CUT_IN_HEADERS
             if failure.missing_object:
                 raise ObjectNotFound(f"{self.uri}/{name}")
             if not failure.transient or time.monotonic() > patient_until:

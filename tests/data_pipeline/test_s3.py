@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import random
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +95,37 @@ def test_a_body_cut_in_mid_stream_is_resumed(swift_uri: str, faulty_link: Callab
     assert store.get("key") == DATA
     print(f"{link.cuts} cuts; of 40 plain reads {lost} were lost")
     assert link.cuts > 40 and lost > 10
+
+
+ANSWER = (
+    b"HTTP/1.1 206 Partial Content\r\nLast-Modified: Sat, 21 Nov 2026 10:00:00 GMT\r\nContent-Length: 5\r\n"
+    b'ETag: "5d41402abc4b2a76b9719d911017c592"\r\nContent-Range: bytes 0-4/5\r\nConnection: close\r\n'
+    b"Content-Type: application/octet-stream\r\n\r\nhello"
+)
+
+
+def test_an_answer_that_is_cut_at_any_byte_of_its_headers_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_pause", lambda attempt: None)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    cuts = range(len(ANSWER) - len(b"hello"))
+    lengths = [length for cut in cuts for length in (cut, len(ANSWER))]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for length in lengths:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(2**16)
+                    connection.sendall(ANSWER[:length])
+
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        store = S3Store("s3://bucket/folder")
+        assert all(store.get_range("key", 0, 5) == b"hello" for _ in cuts)
+        server.join(timeout=10)
+        assert not server.is_alive()
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_refused(
