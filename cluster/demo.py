@@ -32,7 +32,8 @@ from trainer.evaluation.heldout import heldout_loss
 from trainer.recipes import parse_train_config
 from trainer.recipes.recipe import Pixels
 from trainer.run import dataset_uri, store_uri
-from trainer.sampling import Trained, grid, png_bytes, two_stage
+from trainer.sampling import grid, png_bytes, two_stage
+from trainer.weights import Trained
 
 KILL_AT = 0.55  # of the images: some updates after a checkpoint, so that the resume has something to do again
 BORDER = 4  # of 64 pixels: the ring in which a demo picture shows nothing but its ground

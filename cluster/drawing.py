@@ -10,7 +10,8 @@ from PIL import Image
 
 from data_pipeline.errors import UserError
 from trainer.config import SamplingSettings
-from trainer.sampling import Trained, draw_images, grid, load_trained, png_bytes, two_stage
+from trainer.sampling import draw_images, grid, png_bytes, two_stage
+from trainer.weights import Trained, load_trained
 
 STAGES = ("glide_base", "glide_upsampler")
 

@@ -21,7 +21,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.shards import open_dataset
 from data_pipeline.storage import open_store
 from trainer.config import TrainConfig
-from trainer.run import dataset_uri, run_identity, store_uri, tracking_folder
+from trainer.run import dataset_uri, run_identity, run_lineage, store_uri, tracking_folder
 from trainer.tracking.jsonl import read_curves, read_events
 from trainer.tracking.mlflow import (
     DatasetUse,
@@ -123,6 +123,8 @@ class TrackedRun:
             "zero_stage": str(config.zero.stage),
             "code_version": metadata.version("glidepath"),
         }
+        if parents := [facts["parent"] for facts in run_lineage(open_store(store_uri(config))).values()]:
+            tags["parent"] = " ".join(parents)
         if job := ray_job():
             tags["job"] = job
         return RunAbout(

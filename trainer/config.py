@@ -95,6 +95,8 @@ class TrainConfig(Settings):
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     recipe: str
     store: str | None = None  # URI of the run's folder; null: $GLIDEPATH_HOME/runs/<run>
+    parent: str | None = None  # the checkpoint that a fine-tune starts from; a run's store or name: its newest one
+    parent_weights: Literal["ema", "master"] = "ema"
     dataset: str  # URI; `demo` and `demo-heldout` are built in the state folder when absent
     images: Positive  # train until this many were consumed, rounded up to whole batches
     seed: int = 0

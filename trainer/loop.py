@@ -88,6 +88,8 @@ class TrainingLoop:
         name, manifest = found.name, found.manifest
         for part, engine in engines.items():
             engine.loaded(manifest.optimizer_steps[part], manifest.loss_scale.get(part, {}))
+        if state := self.trainee.recipe.state():
+            state.load(manifest.recipe_state)
         self.trainee.guards = {part: GuardHistory.from_document(document) for part, document in manifest.guard.items()}
         self.checkpoint, self.position, self.saved = name, name.position, name.position
         self.tracker.replay(manifest.tracking)
@@ -156,6 +158,7 @@ class TrainingLoop:
     def save(self) -> None:
         position = self.position
         view = [interval for engine in self.trainee.engines.values() for interval in engine.shard_view()]
+        recipe_state = self.trainee.recipe.state()
         with self.timer.section("save"):
             failed = self.saver.save(
                 position,
@@ -164,6 +167,7 @@ class TrainingLoop:
                     "optimizer_steps": {part: e.optimizer_steps() for part, e in self.trainee.engines.items()},
                     "loss_scale": {part: e.loss_scale() for part, e in self.trainee.engines.items()},
                     "guard": {part: dataclasses.asdict(history) for part, history in self.trainee.guards.items()},
+                    "recipe_state": recipe_state.document() if recipe_state else {},
                     "order": dataclasses.asdict(self.order.state(position)),
                     "tracking": self.tracker.undelivered(),
                 },

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -22,8 +23,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.manifests import digest_of
 from data_pipeline.order import SampleOrder
 from data_pipeline.shards import open_dataset
-from data_pipeline.storage import open_store
+from data_pipeline.storage import ObjectStore, open_store
 from trainer.checkpoint.attempts import first_record_key, read_record, take_attempt
+from trainer.checkpoint.manifest import committed
 from trainer.checkpoint.save import RunIdentity, Saver
 from trainer.checkpoint.sweep import sweep
 from trainer.config import TrainConfig, refuse_changed_keys
@@ -32,7 +34,7 @@ from trainer.engine.group import Group
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.loop import CONSUMED, Report, TrainingLoop
 from trainer.recipes import make_recipe, parse_train_config
-from trainer.recipes.recipe import Part
+from trainer.recipes.recipe import Part, StateDict
 from trainer.step import Trainee
 from trainer.tracking.background import BackgroundTracker
 from trainer.tracking.jsonl import JsonlTracker
@@ -40,6 +42,7 @@ from trainer.tracking.leftovers import keep_undelivered, read_undelivered
 from trainer.tracking.mlflow import MlflowServer
 from trainer.tracking.server import is_server
 from trainer.tracking.tracker import NoTracker, Tracker
+from trainer.weights import lineage_of, start_of
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +86,9 @@ def prepare_run(config: TrainConfig) -> int:
                 f"run store {store.uri}", f"run {began.run}", f"run {config.run}", "give this run a store of its own"
             )
         refuse_changed_keys(began, config)
-    attempt = take_attempt(store, {"config": config.model_dump(mode="json"), "identity": uuid.uuid4().hex})
+    lineage = lineage_of(config) if first is None else run_lineage(store)
+    record = {"config": config.model_dump(mode="json"), "identity": uuid.uuid4().hex, "lineage": lineage}
+    attempt = take_attempt(store, record)
     try:
         sweep(store, attempt)
     except OSError as error:
@@ -98,6 +103,12 @@ def run_identity(config: TrainConfig) -> str:
     first = first_record_key(store)
     record = read_record(store, first) if first else {}
     return str(record.get("identity") or digest_of([store.uri, config.run])[:32])  # runs of before it was drawn
+
+
+def run_lineage(store: ObjectStore) -> dict[str, dict[str, Any]]:
+    """By part, the checkpoint that the run began from, as its first attempt found it."""
+    first = first_record_key(store)
+    return dict(read_record(store, first).get("lineage", {})) if first else {}
 
 
 def refuse_unusable_data(config: TrainConfig) -> None:
@@ -115,11 +126,14 @@ def train(values: dict[str, Any], attempt: int, group: Group, report: Report, ml
     `mlflow_run_id`: the run on the tracking server of `tracking.uri`, which the driver has opened.
     """
     config = parse_train_config(values, "run")
-    trainee = make_trainee(config, group)
+    store = open_store(store_uri(config))
+    lineage = run_lineage(store)
+    # A run that has a checkpoint goes on from it; its parent may be gone by then.
+    begins = group.broadcast(not committed(store))
+    trainee = make_trainee(config, group, start_of(config, lineage) if begins else {})
     dataset = open_dataset(dataset_uri(config.dataset))
     heldout = open_dataset(dataset_uri(config.heldout.dataset)) if config.heldout else None
-    store = open_store(store_uri(config))
-    saver = Saver(store, identity_of(trainee, attempt))
+    saver = Saver(store, identity_of(trainee, attempt, lineage))
     waiting = read_undelivered(store) if group.rank == 0 else []
     tracker = make_tracker(config, attempt, mlflow_run_id) if group.rank == 0 else NoTracker()
     tracker.replay(waiting)
@@ -144,20 +158,25 @@ def make_tracker(config: TrainConfig, attempt: int, mlflow_run_id: str | None) -
     return BackgroundTracker(lambda: MlflowServer(uri, mlflow_run_id), attempt)
 
 
-def make_trainee(config: TrainConfig, group: Group) -> Trainee:
-    """Every part built from the seed, equal on all ranks, in its engine."""
+def make_trainee(config: TrainConfig, group: Group, starts: Mapping[str, StateDict] | None = None) -> Trainee:
+    """Every part in its engine, equal on all ranks: built from the seed, or with the weights of `starts`."""
     recipe = make_recipe(config)
     engines: dict[str, Engine] = {}
     for name, part in recipe.parts().items():
         torch.manual_seed(key64("initialise", config.seed, name))
-        engines[name] = make_engine(name, part, config, group)
+        engines[name] = make_engine(name, part, config, group, (starts or {}).get(name))
     return Trainee(recipe, config, group, engines)
 
 
-def make_engine(name: str, part: Part, config: TrainConfig, group: Group) -> Engine:
+def make_engine(name: str, part: Part, config: TrainConfig, group: Group, start: StateDict | None = None) -> Engine:
     """The engine that `zero.stage` and the part's own needs ask for. Raises UserError if DeepSpeed is not installed."""
+    module = part.build()
+    if start:
+        with torch.no_grad():
+            for parameter_name, parameter in module.named_parameters():
+                parameter.copy_(start[parameter_name])
     if config.zero.stage == 0 or part.hold == "replicated":
-        return ReplicatedEngine(name, part.build(), config, group)
+        return ReplicatedEngine(name, module, config, group)
     # Before the import, which else takes the GPU of a machine that has one.
     os.environ.setdefault("DS_ACCELERATOR", group.device.type)
     try:
@@ -169,10 +188,10 @@ def make_engine(name: str, part: Part, config: TrainConfig, group: Group) -> Eng
             str(error),
             "pip install 'glidepath[cluster]', or zero.stage=0",
         ) from None
-    return DeepSpeedEngine(name, part.build, config, group)
+    return DeepSpeedEngine(name, module, part.build, config, group)
 
 
-def identity_of(trainee: Trainee, attempt: int) -> RunIdentity:
+def identity_of(trainee: Trainee, attempt: int, lineage: dict[str, dict[str, Any]] | None = None) -> RunIdentity:
     """What every manifest of this attempt says alike."""
     config, group = trainee.config, trainee.group
     return RunIdentity(
@@ -184,4 +203,5 @@ def identity_of(trainee: Trainee, attempt: int) -> RunIdentity:
         parameters={name: size for engine in trainee.engines.values() for name, size in engine.parameter_sizes.items()},
         config=config.model_dump(mode="json"),
         code_version=metadata.version("glidepath"),
+        lineage=lineage or {},
     )

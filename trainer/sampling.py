@@ -1,82 +1,24 @@
 """Sampling for people: a trained model from its checkpoint, pictures from prompts, grids as PNG.
 
-Always holds: weights come from verified blocks of a committed checkpoint, EMA unless asked otherwise; picture number i
-depends on (seed, i) and its prompt, not on how many are drawn together. Called by the command line, the demo and the
-training run for its grids.
+Always holds: picture number i depends on (seed, i) and its prompt, not on how many are drawn together. Called by the
+command line, the demo and the training run for its grids.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import nn
 
 from data_pipeline.draws import Draws
-from data_pipeline.errors import UserError
-from data_pipeline.storage import open_store
-from trainer.checkpoint.load import fill, refuse_other_model
-from trainer.checkpoint.manifest import CheckpointName, committed, read_manifest, split_checkpoint_uri
-from trainer.checkpoint.parts import CheckpointDamaged
-from trainer.config import SamplingSettings, TrainConfig
-from trainer.engine.engine import Interval
-from trainer.recipes import make_recipe, parse_train_config
+from trainer.config import SamplingSettings
 from trainer.recipes.recipe import Pixels, Recipe
+from trainer.weights import Trained
 
 BATCH = 16
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model, ready to sample: its recipe, modules in evaluation mode, and where they came from."""
-
-    uri: str
-    config: TrainConfig
-    recipe: Recipe
-    modules: Mapping[str, nn.Module]
-    images: int  # consumed in training
-
-
-def load_trained(uri: str, kind: Literal["ema", "master"] = "ema") -> Trained:
-    """The model of a checkpoint, or of the newest checkpoint of a run's store.
-
-    Raises UserError if there is none, it does not verify, or it is of another version.
-    """
-    store_uri, name = _locate(uri)
-    store = open_store(store_uri)
-    try:
-        manifest = read_manifest(store, name.manifest_key)
-        config = parse_train_config(manifest.config, f"checkpoint {name}")
-        recipe = make_recipe(config)
-        modules = {part_name: part.build().eval() for part_name, part in recipe.parts().items()}
-        wanted = [
-            Interval(f"{part}/{parameter_name}", kind, 0, parameter.data.view(-1))
-            for part, module in modules.items()
-            for parameter_name, parameter in module.named_parameters()
-        ]
-        refuse_other_model(manifest, {interval.name: len(interval.values) for interval in wanted}, uri)
-        fill(store, name, manifest, wanted)
-    except CheckpointDamaged as damage:
-        raise UserError(
-            f"checkpoint {name}",
-            "bytes that verify",
-            str(damage),
-            "choose an older one: glidepath checkpoints list RUN",
-        ) from None
-    return Trained(f"{store.uri}/{name.folder.rstrip('/')}", config, recipe, modules, manifest.position)
-
-
-def _locate(uri: str) -> tuple[str, CheckpointName]:
-    if "checkpoints/images-" in uri:
-        return split_checkpoint_uri(uri)
-    names = committed(open_store(uri))
-    if not names:
-        raise UserError(f"run store {uri}", "a committed checkpoint", "none", "give a checkpoint URI or another run")
-    return uri, names[0]
 
 
 def draw_images(

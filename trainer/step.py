@@ -55,8 +55,9 @@ def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: 
             continue
         engine = trainee.engines[phase.part]
         with only_trained(trainee.engines, phase.part):
-            sums = accumulate(trainee, phase, engine, micro_batches)
-        losses = dict(zip(phase.terms, (trainee.group.sum_(sums) / trainee.config.batch).tolist(), strict=True))
+            values = (phase.accumulate or accumulate)(trainee, phase, micro_batches, position)
+        values = trainee.group.sum_(values).cpu()
+        losses = dict(zip(phase.terms, values[: len(phase.terms)].mean(dim=1).tolist(), strict=True))
         seen: dict[str, float | str] = {}
         updates = engine.optimizer_steps()
         decision = engine.update(lr, partial(ask_guard, trainee, phase.label, losses["total"], seen))
@@ -72,6 +73,8 @@ def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: 
         if decision is Decision.SKIP:
             seen.setdefault("skipped", "gradients overflow fp16; the loss scale falls")
         seen.update({f"loss/{name}": value for name, value in losses.items()})
+        named = dict(zip((*phase.terms, *phase.observed), values, strict=True))
+        seen.update(phase.observe(named, decision is Decision.CONTINUE))
         if scale := engine.loss_scale():
             seen["loss_scale"] = scale["cur_scale"]
         prefix = f"{phase.label}/" if len(phases) > 1 else ""
@@ -89,18 +92,31 @@ def ask_guard(trainee: Trainee, phase: str, loss: float, seen: dict[str, float |
     return verdict.decision
 
 
-def accumulate(trainee: Trainee, phase: Phase, engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """Backward of every micro batch; this rank's sum of each loss term, float64 [terms]."""
-    sums = torch.zeros(len(phase.terms), dtype=torch.float64)
+def accumulate(trainee: Trainee, phase: Phase, micro_batches: Sequence[MicroBatch], position: int) -> Tensor:
+    """Backward of every micro batch of the global batch that starts at `position`.
+
+    Returns the phase's terms and observed values per sample of the global batch, those of other ranks 0: float64
+    [terms + observed, B], of which the sum over ranks is every sample's value, exactly.
+    """
+    engine, device = trainee.engines[phase.part], trainee.group.device
+    names = (*phase.terms, *phase.observed)
+    values = torch.zeros(len(names), trainee.config.batch, dtype=torch.float64, device=device)
     for micro in micro_batches:
         # A rank whose share is used up goes through the same collective calls, with weight 0.
-        weight = float(len(micro.positions) > 0)
-        torch.manual_seed(key64("dropout", trainee.config.seed, int(micro.draws.positions[0]), trainee.group.rank))
+        mine = len(micro.positions)
+        seed_dropout(trainee, micro)
         with engine.precision_context():
-            losses = phase.loss(trainee.modules, on_device(micro.batch, trainee.group.device), micro.draws)
-        engine.backward(losses["total"].sum() * (weight / trainee.config.batch))
-        sums += weight * torch.stack([losses[name].detach().sum().double().cpu() for name in phase.terms])
-    return sums
+            losses = phase.loss(trainee.modules, on_device(micro.batch, device), micro.draws)
+        engine.backward(losses["total"].sum() * (float(mine > 0) / trainee.config.batch))
+        if mine:
+            begin = int(micro.positions[0]) - position
+            values[:, begin : begin + mine] = torch.stack([losses[name].detach().double() for name in names])
+    return values
+
+
+def seed_dropout(trainee: Trainee, micro: MicroBatch) -> None:
+    """Dropout inside networks is a function of the micro batch's position and the rank."""
+    torch.manual_seed(key64("dropout", trainee.config.seed, int(micro.draws.positions[0]), trainee.group.rank))
 
 
 @contextmanager

@@ -161,13 +161,13 @@ def test_a_micro_batch_that_stands_in_for_an_empty_share_adds_nothing(train_valu
 
 def test_a_step_whose_loss_is_not_a_number_is_refused_and_a_row_of_them_halts(train_values: Values) -> None:
     trainee = two_part_trainee(config_of(train_values, guard={"halt_after": 2}))
-    bad = [micro_batch(torch.full((4, 4), math.nan))]
+    bad = [micro_batch(torch.full((4, 4), math.nan), begin) for begin in (0, 4)]
     before = [p.detach().clone() for p in trainee.engines["first"].module.parameters()]
-    assert "loss is nan" in str(train_step(trainee, bad, 0)["first/skipped"])
+    assert "loss is nan" in str(train_step(trainee, bad[:1], 0)["first/skipped"])
     for now, then in zip(trainee.engines["first"].module.parameters(), before, strict=True):
         torch.testing.assert_close(now.detach(), then, rtol=0, atol=0)
     with pytest.raises(UserError, match="fewer than 2 refused updates in a row"):
-        train_step(trainee, bad, 4)
+        train_step(trainee, bad[1:], 4)
 
 
 def test_a_phase_is_left_out_while_it_is_not_active(train_values: Values) -> None:
@@ -176,7 +176,7 @@ def test_a_phase_is_left_out_while_it_is_not_active(train_values: Values) -> Non
     rare = Phase("second", second.terms, second.loss, active=lambda update: update % 3 == 2, name="penalty")
     trainee.recipe.phases = lambda: (first, rare)  # type: ignore[method-assign]
     batch, x = trainee.config.batch, torch.randn(4, 4)
-    seen = [train_step(trainee, [micro_batch(x)], update * batch) for update in range(4)]
+    seen = [train_step(trainee, [micro_batch(x, update * batch)], update * batch) for update in range(4)]
     assert ["penalty/loss/total" in figures for figures in seen] == [False, False, True, False]
     assert [engine.optimizer_steps() for engine in trainee.engines.values()] == [4, 1]
     assert set(trainee.guards) == {"first", "penalty"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_pipeline.draws import Draws
 from data_pipeline.images import area_resize
 from data_pipeline.loader import Column, Rows
-from trainer.recipes.recipe import Batch, Losses, Part, Phase
+from trainer.recipes.recipe import Batch, Losses, Part, Phase, Recipe
 
 SIDE, NOISE, WIDTH = 8, 16, 40
 PENALTY = 10.0
@@ -24,7 +24,7 @@ def network(inputs: int, outputs: int) -> nn.Module:
     )
 
 
-class TwoParts:
+class TwoParts(Recipe):
     columns = (Column("base", "image64"),)
 
     def parts(self) -> dict[str, Part]:

@@ -39,6 +39,8 @@ class Manifest(Settings):
     loss_scale: dict[str, dict[str, float]] = Field(default_factory=dict)  # by part: state of fp16's loss scale
     guard: dict[str, Any]  # by phase: GuardHistory
     order: dict[str, Any]  # OrderState, with the dataset id
+    recipe_state: dict[str, Any] = Field(default_factory=dict)  # HostState of the recipe; empty where it has none
+    lineage: dict[str, dict[str, Any]] = Field(default_factory=dict)  # by part: the checkpoint it started from
     tracking: tuple[dict[str, Any], ...] = ()  # records of the tracker that had not arrived by then
     config: dict[str, Any]  # resolved
     code_version: str

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.errors import UserError
@@ -50,6 +50,7 @@ class RunIdentity:
     parameters: dict[str, int]
     config: dict[str, Any]
     code_version: str
+    lineage: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def upload_share(store: ObjectStore, identity: RunIdentity, position: int, intervals: list[Interval]) -> None:
@@ -84,6 +85,7 @@ def commit(
         parts=parts,
         config=identity.config,
         code_version=identity.code_version,
+        lineage=identity.lineage,
         committed_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **state,
     ).encode()

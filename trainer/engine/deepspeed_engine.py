@@ -36,14 +36,15 @@ FP16_SCALE = {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis"
 
 
 class DeepSpeedEngine:
-    """See Engine. `build` makes the module in float32, equal on all ranks (same seed); it is called again, without
-    touching torch's generator, when whole weights are asked for."""
+    """See Engine. `module` is float32 and equal on all ranks; `build` makes another one like it, of any weights, when
+    whole weights are asked for."""
 
-    def __init__(self, part: str, build: Callable[[], nn.Module], config: TrainConfig, group: Group) -> None:
+    def __init__(
+        self, part: str, module: nn.Module, build: Callable[[], nn.Module], config: TrainConfig, group: Group
+    ) -> None:
         _prepare_deepspeed(config, group)
         self._part, self._build, self._group = part, build, group
         self.precision = config.precision
-        module = build()
         # DeepSpeed gives the parameters other memory and leaves this one as it is.
         source = {name: parameter.detach() for name, parameter in module.named_parameters()}
         self.parameter_sizes = {f"{part}/{name}": values.numel() for name, values in source.items()}

@@ -50,16 +50,24 @@ def heldout_loss(
 
     # Every rank takes whole batches, so that shuffling stays inside a batch whatever the world size.
     starts = range(batch * group.rank, images, batch * group.world_size)
-    terms = [(phase, name) for phase in recipe.phases() for name in phase.terms]
-    sums = torch.zeros(len(terms), dtype=torch.float64)
+    phases = recipe.phases()
+    names = {phase: (*phase.terms, *phase.observed) for phase in phases}
+    values = {phase: torch.zeros(len(names[phase]), images, dtype=torch.float64) for phase in phases}
     loader = Loader(dataset, order, recipe.columns, prepare, micro_batches(batch, 0, 1, batch))
     with torch.no_grad():
         for micro in _batches_at(loader, starts):
             rows = on_device(micro.batch, group.device)
-            losses = {phase: phase.loss(modules, rows, micro.draws) for phase in recipe.phases()}
-            sums += torch.stack([losses[phase][name].double().sum().cpu() for phase, name in terms])
-    means = (group.sum_(sums) / images).tolist()
-    return {name: mean for (_, name), mean in zip(terms, means, strict=True)}
+            begin = int(micro.positions[0])
+            for phase in phases:
+                losses = phase.loss(modules, rows, micro.draws)
+                stacked = torch.stack([losses[name].double().cpu() for name in names[phase]])
+                values[phase][:, begin : begin + batch] = stacked
+    figures: dict[str, float] = {}
+    for phase in phases:
+        named = dict(zip(names[phase], group.sum_(values[phase]), strict=True))
+        figures |= {name: float(named[name].mean()) for name in phase.terms}
+        figures |= {name.removeprefix("loss/"): value for name, value in phase.observe(named, False).items()}
+    return figures
 
 
 def _batches_at(loader: Loader, starts: range) -> Iterator[Any]:

@@ -13,10 +13,10 @@ from data_pipeline.loader import Column, Rows
 from trainer.config import SamplingSettings
 from trainer.models.glide import Glide
 from trainer.recipes.glide import GlideConfig, GlideDiffusion, build_glide, to_model_range
-from trainer.recipes.recipe import Batch, Losses, Part, Phase, Pixels
+from trainer.recipes.recipe import Batch, Losses, Part, Phase, Pixels, Recipe
 
 
-class GlideBase:
+class GlideBase(Recipe):
     """See Recipe. Trains at 64 px, or below it on the same column reduced by the same area filter."""
 
     columns = (Column("base", "image64"), Column("base", "tokens"), Column("base", "n_tokens"))
@@ -25,7 +25,7 @@ class GlideBase:
         self.config, self.diffusion = config, GlideDiffusion(config)
 
     def parts(self) -> dict[str, Part]:
-        return {"base": Part(build=lambda: build_glide(self.config))}
+        return {"base": Part(build=lambda: build_glide(self.config), start=self.config.parent)}
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("base", ("total", "mse", "vb"), self._loss),)

@@ -13,10 +13,10 @@ from data_pipeline.loader import Column, Rows
 from trainer.config import SamplingSettings
 from trainer.models.glide import Glide
 from trainer.recipes.glide import GlideConfig, GlideDiffusion, build_glide, to_model_range
-from trainer.recipes.recipe import Batch, Losses, Part, Phase, Pixels
+from trainer.recipes.recipe import Batch, Losses, Part, Phase, Pixels, Recipe
 
 
-class GlideUpsampler:
+class GlideUpsampler(Recipe):
     """See Recipe. Picture and low-resolution condition both come from the stored 256 px JPEG by the area filter (ADM:
     area-reduced condition, no blur or noise)."""
 
@@ -26,7 +26,7 @@ class GlideUpsampler:
         self.config, self.diffusion = config, GlideDiffusion(config)
 
     def parts(self) -> dict[str, Part]:
-        return {"upsampler": Part(build=lambda: build_glide(self.config))}
+        return {"upsampler": Part(build=lambda: build_glide(self.config), start=self.config.parent)}
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("upsampler", ("total", "mse", "vb"), self._loss),)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,12 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_pipeline.draws import Draws
-from data_pipeline.loader import Column, Rows
+from data_pipeline.loader import Column, MicroBatch, Rows
 from trainer.config import SamplingSettings
+
+if TYPE_CHECKING:
+    from trainer.step import Trainee
 
 Pixels = NDArray[np.uint8]
 Batch = Mapping[str, Tensor]
-Losses = Mapping[str, Tensor]  # terms per sample, each [b] float32; "total" is the one that is minimised
+Losses = Mapping[str, Tensor]  # values per sample, each [b]; "total", in float32, is the one that is minimised
+StateDict = dict[str, Tensor]  # parameter name -> values
+Accumulate = Callable[["Trainee", "Phase", Sequence[MicroBatch], int], Tensor]  # as trainer/step.py's `accumulate`
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class Part:
     build: Callable[[], nn.Module]
     # replicated: in plain torch whatever `zero.stage` says. What needs a gradient of a gradient does: ZeRO has none.
     hold: Literal["sharded", "replicated"] = "sharded"
+    # A checkpoint, or a run (then its newest), whose part of the same name the run starts from.
+    start: str | None = None
+    adapt: Callable[[StateDict], StateDict] | None = None  # the parent's weights to this part's; on meta as well
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -43,6 +51,10 @@ def always(update: int) -> bool:
     return True
 
 
+def nothing(values: Mapping[str, Tensor], accepted: bool) -> Mapping[str, float]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Phase:
     """One update of one part; the loop freezes every other part meanwhile."""
@@ -50,6 +62,11 @@ class Phase:
     part: str
     terms: tuple[str, ...]  # names of the loss terms, "total" among them
     loss: Callable[[Mapping[str, nn.Module], Batch, Draws], Losses]
+    observed: tuple[str, ...] = ()  # further values per sample in what `loss` returns
+    # Terms and observed values of the global batch, float64 [B] in the order of positions, equal on all ranks; whether
+    # the update was accepted. Returns figures to log.
+    observe: Callable[[Mapping[str, Tensor], bool], Mapping[str, float]] = nothing
+    accumulate: Accumulate | None = None  # None: micro batch by micro batch, as losses that are sums over samples can
     active: Callable[[int], bool] = always  # by number of the global batch: a penalty every 15th, a critic from n on
     name: str = ""  # told from other phases of the same part by this
 
@@ -59,14 +76,26 @@ class Phase:
         return self.name or self.part
 
 
+class HostState(Protocol):
+    """What a recipe remembers from step to step: small, equal on all ranks, kept in the checkpoint's manifest."""
+
+    def document(self) -> dict[str, Any]:
+        """It as JSON, exactly."""
+
+    def load(self, document: dict[str, Any]) -> None: ...
+
+
 class Recipe(Protocol):
-    """What the loop, held-out evaluation and sampling need to know of a training system."""
+    """What the loop, held-out evaluation and sampling need to know of a training system. Recipes derive from it."""
 
     columns: tuple[Column, ...]
 
     def parts(self) -> dict[str, Part]: ...
 
     def phases(self) -> tuple[Phase, ...]: ...
+
+    def state(self) -> HostState | None:
+        return None
 
     def prepare(self, rows: Rows, draws: Draws) -> Batch:
         """Tensors of a micro batch from its rows. Pure; runs in loader threads."""
