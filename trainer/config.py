@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from data_pipeline.config import Settings
 from data_pipeline.errors import UsageError
+from trainer.diffusion.samplers import SamplerName
+from trainer.diffusion.steps import Clip
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -68,6 +70,9 @@ class HeldoutSettings(Settings):
     dataset: str
     images: Positive = 256
     every_images: Positive = 100_000
+    bits_per_dimension: Annotated[int, Field(ge=0)] = (
+        0  # of this many rows, at the end; diffusion.steps passes for each
+    )
 
 
 class SamplingSettings(Settings):
@@ -77,8 +82,13 @@ class SamplingSettings(Settings):
     spacing: Annotated[str, Field(coerce_numbers_to_str=True)] = (
         "50"  # sampling steps, as trainer/diffusion/respacing.py reads them
     )
-    sampler: Literal["ddim", "ancestral"] = "ddim"
+    sampler: SamplerName = "ddim"
+    eta: Fraction = 0.0  # DDIM's noise: 0 none, 1 as much as ancestral sampling
+    clip: Clip = "static"  # of the predicted image: to [-1, 1], to its own percentile and back (dynamic), or none
+    clip_percentile: Annotated[float, Field(gt=0, le=1)] = 0.995  # dynamic clipping only
+    strength: Fraction = 1.0  # below 1: starts from a given picture with this part of the noise (SDEdit)
     noise_temperature: float = 1.0  # scales the initial noise; the release's upsampler uses 0.997
+    low_res_level: Fraction = 0.0  # noise on an upsampler's low resolution, for one that is told of it
 
 
 class SampleSettings(Settings):

@@ -13,10 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.draws import key64
+from data_pipeline.draws import Draws, key64
 from data_pipeline.loader import Column, Loader, MicroBatch, micro_batches
 from data_pipeline.order import SampleOrder
 from data_pipeline.shards import Dataset
@@ -24,10 +25,13 @@ from trainer.checkpoint.load import restore_newest
 from trainer.checkpoint.manifest import CheckpointName
 from trainer.checkpoint.save import Saver
 from trainer.config import TrainConfig
-from trainer.evaluation.heldout import first_rows, heldout_loss
+from trainer.evaluation.heldout import first_rows, heldout_bits_per_dimension, heldout_loss
 from trainer.guard import GuardHistory
 from trainer.metrics import StepTimer, memory
-from trainer.sampling import draw_images, grid, png_bytes
+from trainer.pictures import grid, png_bytes
+from trainer.recipes import make_recipe
+from trainer.recipes.recipe import Pixels
+from trainer.sampling import draw_images
 from trainer.step import Trainee, train_step
 from trainer.stop import StopWatch
 from trainer.tracking.jsonl import append_line
@@ -182,10 +186,7 @@ class TrainingLoop:
         settings = self.config.samples
         with ema_modules(self.trainee) as modules:
             if self.group.rank == 0 and (settings.prompts or self.heldout):
-                prompts, images = self.grid_inputs()
-                drawn = draw_images(
-                    self.trainee.recipe, modules, prompts, settings.sampling, key64("grid", self.config.seed), images
-                )
+                drawn, prompts = self.draw(modules)
                 key = f"samples/images-{self.position:09d}-ema.png"
                 about = {"run": self.config.run, "images": str(self.position)}
                 png = png_bytes(grid(drawn, prompts), about)
@@ -198,19 +199,28 @@ class TrainingLoop:
                 self.tracker.picture(self.position, key, png)
         return key
 
-    def grid_inputs(self) -> tuple[list[str], Any]:
-        if self.config.samples.prompts:
-            return list(self.config.samples.prompts), None
+    def draw(self, modules: Mapping[str, nn.Module]) -> tuple[Pixels, list[str]]:
+        """The grid's pictures and captions: of the configured prompts, or of held-out rows prepared as in training."""
+        settings, seed = self.config.samples, key64("grid", self.config.seed)
+        if settings.prompts:
+            prompts = list(settings.prompts)
+            return draw_images(self.trainee.recipe, modules, prompts, settings.sampling, seed), prompts
         assert self.heldout is not None
-        rows = first_rows(self.heldout, (Column("base", "caption"), Column("base", "image64")), GRID_PICTURES)
-        return rows["caption"], rows["image64"].reshape(-1, 64, 64, 3)
+        recipe = make_recipe(self.config.for_evaluation())
+        rows = first_rows(self.heldout, (*recipe.columns, Column("base", "caption")), GRID_PICTURES)
+        draws = Draws(seed, np.arange(len(rows["caption"]), dtype=np.int64))
+        return recipe.sample(modules, recipe.prepare(rows, draws), draws, settings.sampling), rows["caption"]
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out loss of the EMA weights, logged. A collective call."""
-        if self.heldout is None or self.config.heldout is None:
+    def evaluate(self, last: bool = False) -> dict[str, float]:
+        """Held-out loss of the EMA weights, logged; `last`, also their bits per dimension. A collective call."""
+        config, dataset = self.config, self.heldout
+        if dataset is None or config.heldout is None:
             return {}
         with ema_modules(self.trainee) as modules:
-            losses = heldout_loss(self.config, modules, self.heldout, self.config.heldout, self.group)
+            losses = heldout_loss(config, modules, dataset, config.heldout, self.group)
+            if last and (rows := config.heldout.bits_per_dimension):
+                bits = heldout_bits_per_dimension(config, modules, dataset, rows, self.group)
+                losses |= {} if bits is None else {"bits_per_dimension": bits}
         self.tracker.log(self.position, {f"heldout/{name}": value for name, value in losses.items()})
         return losses
 
@@ -219,7 +229,7 @@ class TrainingLoop:
         if self.saved != self.position:
             self.save()
         samples = None if self.stopped else self.sample()
-        heldout = {} if self.stopped else self.evaluate()
+        heldout = {} if self.stopped else self.evaluate(last=True)
         self.saver.wait()
         self.checkpoint = self.saver.committed or self.checkpoint
         if self.stopped:

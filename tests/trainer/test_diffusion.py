@@ -1,4 +1,4 @@
-"""The diffusion process, its loss and its samplers against closed forms and brute force."""
+"""The diffusion process and its samplers against closed forms and brute force."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.diffusion.gaussian import Diffusion
-from trainer.diffusion.losses import discretized_log_likelihood, gaussian_kl, hybrid_loss
+from trainer.diffusion.guidance import guided
 from trainer.diffusion.respacing import spaced_timesteps
-from trainer.diffusion.samplers import (
-    StepOptions,
-    ancestral_sample,
-    ancestral_steps,
-    ddim_sample,
-    ddim_steps,
-    guided,
-)
+from trainer.diffusion.samplers import ancestral_steps, ddim_steps, sample
 from trainer.diffusion.schedules import BetaSchedule, betas
+from trainer.diffusion.steps import StepOptions
 
-SCHEDULES: tuple[BetaSchedule, ...] = ("cosine", "linear")
+SCHEDULES: tuple[BetaSchedule, ...] = ("cosine", "linear", "sqrt_linear")
 FAST27 = [0, 22, 44, 66, 88, 111, 133, 155, 177, 199, 200, 222, 244, 266, 288, 311, 333, 355, 377, 399]
 FAST27 += [400, 500, 599, 600, 799, 800, 997]
 SHAPE = (2, 3, 4, 4)
@@ -67,10 +61,17 @@ def test_betas_lie_between_0_and_1_and_all_tables_are_finite_for_any_number_of_s
 
 
 def test_an_unknown_schedule_or_an_empty_process_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected one of cosine, linear, found 'sigmoid'"):
+    with pytest.raises(ValueError, match="expected one of cosine, linear, sqrt_linear, found 'sigmoid'"):
         betas("sigmoid", 10)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected at least 1, found 0"):
         betas("linear", 0)
+
+
+def test_the_square_roots_of_sqrt_linear_are_evenly_spaced_between_the_published_ends() -> None:
+    published = betas("sqrt_linear", 1000)
+    assert published[[0, -1]] == pytest.approx([0.00085, 0.012], rel=1e-12)
+    assert np.diff(np.sqrt(published)) == pytest.approx(np.full(999, np.diff(np.sqrt(published)).mean()))
+    assert betas("sqrt_linear", 250).sum() == pytest.approx(published.sum(), rel=0.01)
 
 
 @given(steps=st.integers(1, 1200), counts=st.lists(st.integers(1, 40), min_size=1, max_size=6))
@@ -172,58 +173,6 @@ def test_a_predicted_image_is_processed_before_it_is_clipped() -> None:
     assert torch.equal(pinned.x_start, torch.ones(SHAPE))
 
 
-# The loss
-
-
-def loss_terms(process: Diffusion, output: Tensor, t: Tensor) -> dict[str, Tensor]:
-    x_start, noise = image(0), randn(1)
-    noised = process.q_sample(x_start, t, noise)
-    return hybrid_loss(process, output, x_start_BCHW=x_start, x_BCHW=noised, noise_BCHW=noise, timesteps_B=t)
-
-
-def test_the_right_noise_and_the_posterior_variance_cost_nothing_after_the_first_timestep() -> None:
-    output = torch.cat([randn(1), -torch.ones(SHAPE)], dim=1)
-    terms = loss_terms(Diffusion.from_schedule("cosine"), output, torch.tensor([1, 500]))
-    assert terms["mse"].tolist() == [0, 0]
-    assert terms["vb"].abs().max() < 1e-4
-
-
-def test_the_variational_term_moves_the_variance_and_not_the_noise() -> None:
-    output = randn(3, (2, 6, 4, 4)).requires_grad_()
-    terms = loss_terms(Diffusion.from_schedule("cosine"), output, torch.tensor([0, 500]))
-    (gradient,) = torch.autograd.grad(terms["vb"].sum(), output)
-    assert not gradient[:, :3].any() and gradient[:, 3:].any()
-
-
-@pytest.mark.parametrize("steps", [100, 1000])
-def test_the_variational_term_is_weighted_by_steps_over_1000(steps: int) -> None:
-    terms = loss_terms(Diffusion.from_schedule("cosine", steps), randn(3, (2, 6, 4, 4)), torch.tensor([0, 50]))
-    torch.testing.assert_close(terms["total"], terms["mse"] + terms["vb"] * steps / 1000)
-    assert all(term.shape == (2,) for term in terms.values())
-
-
-def test_loss_terms_are_float32_for_a_bfloat16_output() -> None:
-    output = randn(3, (2, 6, 4, 4)).bfloat16()
-    low = loss_terms(Diffusion.from_schedule("cosine"), output, torch.tensor([0, 999]))
-    high = loss_terms(Diffusion.from_schedule("cosine"), output.float(), torch.tensor([0, 999]))
-    assert all(torch.equal(low[name], high[name]) and low[name].dtype == torch.float32 for name in high)
-
-
-@given(st.floats(-2, 2), st.floats(-3, 3), st.floats(-2, 2), st.floats(-3, 3))
-def test_gaussian_kl_agrees_with_torch(mean_p: float, log_p: float, mean_q: float, log_q: float) -> None:
-    p = torch.distributions.Normal(torch.tensor(mean_p), math.exp(log_p / 2))
-    q = torch.distributions.Normal(torch.tensor(mean_q), math.exp(log_q / 2))
-    ours = gaussian_kl(*(torch.tensor(value) for value in (mean_p, log_p, mean_q, log_q)))
-    torch.testing.assert_close(ours, torch.distributions.kl_divergence(p, q), rtol=1e-4, atol=1e-5)
-
-
-@given(mean=st.floats(-1.2, 1.2), log_scale=st.floats(-3, 1))
-def test_the_probabilities_of_all_8_bit_values_add_up_to_1(mean: float, log_scale: float) -> None:
-    values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    log_likelihood = discretized_log_likelihood(values, torch.tensor(mean), torch.tensor(log_scale))
-    assert log_likelihood.exp().sum().item() == pytest.approx(1, abs=1e-5)
-
-
 # Samplers
 
 
@@ -231,7 +180,7 @@ def test_the_probabilities_of_all_8_bit_values_add_up_to_1(mean: float, log_scal
 @settings(max_examples=20, deadline=None)
 def test_ddim_without_eta_ends_at_the_image_that_the_network_sees(spacing: str, seed: int) -> None:
     process = Diffusion.from_schedule("linear").respaced(spacing)
-    found = ddim_sample(oracle(process, image(seed)), process, randn(seed + 1))
+    found = sample("ddim", oracle(process, image(seed)), process, randn(seed + 1))
     torch.testing.assert_close(found, image(seed), rtol=1e-3, atol=1e-3)
 
 
@@ -255,15 +204,15 @@ def test_a_ddim_step_without_eta_is_deterministic_and_follows_its_equation() -> 
 def test_ddim_with_eta_1_and_ancestral_sampling_with_the_posterior_variance_are_one_sampler() -> None:
     process = Diffusion.from_schedule("linear").respaced("20")
     denoise = oracle(process, image(0), variance=-1.0)
-    ddim = ddim_sample(denoise, process, randn(7), eta=1.0, noise=lambda index: randn(100 + index))
-    ancestral = ancestral_sample(denoise, process, randn(7), lambda index: randn(100 + index))
+    ddim = sample("ddim", denoise, process, randn(7), eta=1.0, noise=lambda index: randn(100 + index))
+    ancestral = sample("ancestral", denoise, process, randn(7), lambda index: randn(100 + index))
     torch.testing.assert_close(ddim, ancestral, rtol=1e-3, atol=1e-3)
 
 
 def test_ddim_with_eta_refuses_to_run_without_noise() -> None:
     process = Diffusion.from_schedule("linear").respaced("3")
     with pytest.raises(ValueError, match="expected a source of noise"):
-        ddim_sample(oracle(process, image(0)), process, randn(0), eta=0.5)
+        sample("ddim", oracle(process, image(0)), process, randn(0), eta=0.5)
 
 
 def test_the_network_is_told_original_timesteps_and_noise_is_asked_for_once_per_step_but_the_last() -> None:
@@ -289,23 +238,24 @@ def test_sampling_touches_no_global_generator_and_records_no_gradient() -> None:
     process = Diffusion.from_schedule("linear").respaced("3")
     weight = torch.zeros(2, 6, 4, 4, requires_grad=True)
     before = torch.get_rng_state()
-    sample = ancestral_sample(lambda x, t: weight * 1, process, randn(0), randn)
+    found = sample("ancestral", lambda x, t: weight * 1, process, randn(0), randn)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not sample.requires_grad
+    assert not found.requires_grad
 
 
 def test_a_gradient_shifts_the_ancestral_mean_by_the_variance_and_the_ddim_noise_by_its_scale() -> None:
     process = Diffusion.from_schedule("linear").respaced("5")
     x, pull, t = randn(0), randn(2), torch.full((2,), 4)
     output = torch.cat([randn(1), randn(3)], dim=1)
-    options = StepOptions(clip_denoised=False, gradient=lambda x, original: pull)
+    options = StepOptions(clip="none", gradient=lambda x, original: pull)
     plain = process.p_mean_variance(output, x, t, clip_denoised=False)
 
-    ancestral = next(ancestral_steps(lambda x, t: output, process, x, lambda index: torch.zeros(SHAPE), options))
+    still = torch.zeros(SHAPE)
+    ancestral = next(ancestral_steps(lambda x, t: output, process, x, lambda index: still, options=options))
     torch.testing.assert_close(ancestral.x_BCHW, plain.mean + plain.variance * pull)
 
     pulled = torch.cat([output[:, :3] - math.sqrt(1 - process.alphas_cumprod[4]) * pull, output[:, 3:]], dim=1)
-    unclipped = StepOptions(clip_denoised=False)
+    unclipped = StepOptions(clip="none")
     expected = next(ddim_steps(lambda x, t: pulled, process, x, options=unclipped))
     found = next(ddim_steps(lambda x, t: output, process, x, options=options))
     torch.testing.assert_close(found.x_BCHW, expected.x_BCHW, rtol=1e-3, atol=1e-4)

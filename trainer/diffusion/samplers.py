@@ -1,62 +1,103 @@
-"""Samplers: from noise to an image, one reverse step after the other.
+"""Samplers: from noise to an image, one reverse step after the other, and DDIM's way back.
 
 Always holds: all randomness is handed in (`x_BCHW`, `noise`), so equal inputs give equal images; the network is told
 timesteps of the process it was trained on. Called by recipes and `trainer.sampling`.
 
-Legend: B batch, C channels, H W image, 2C predicted noise and variance. Sources: Ho et al. 2020 (algorithm 2),
-Song et al. 2021 (DDIM), Ho & Salimans 2022 (classifier-free guidance), Dhariwal & Nichol 2021 (gradient guidance).
+Legend: B batch, C channels, H W image. Sources: Ho et al. 2020 (algorithm 2), Song et al. 2021 (DDIM), Dhariwal &
+Nichol 2021 (gradient guidance, ADM).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from trainer.diffusion.gaussian import Diffusion, ReverseStep
+from trainer.diffusion.dpm_solver import dpm_solver_steps
+from trainer.diffusion.gaussian import Diffusion
+from trainer.diffusion.steps import (
+    DEFAULT_OPTIONS,
+    Denoise,
+    Noise,
+    SampleStep,
+    StepOptions,
+    predict,
+    predict_by_score,
+    pull,
+    step_indices,
+)
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, C, H, W], timesteps [B] on the original scale) to the network's output [B, 2C, H, W]."""
-Noise = Callable[[int], Tensor]
-"""Step index to standard normal noise [B, C, H, W]; asked for steps-1..1 in that order, never for 0."""
+SamplerName = Literal["ancestral", "ddim", "dpm++", "dpm++sde"]
 
 
-class SampleStep(NamedTuple):
-    """One step taken: its index, the sample after it, and the image predicted behind the sample before it."""
+def sample_steps(
+    sampler: SamplerName,
+    denoise: Denoise,
+    diffusion: Diffusion,
+    x_BCHW: Tensor,
+    noise: Noise | None = None,
+    *,
+    eta: float = 0.0,
+    start_index: int | None = None,
+    options: StepOptions = DEFAULT_OPTIONS,
+) -> Iterator[SampleStep]:
+    """The steps of a sampler by its name; `x_BCHW` is at `start_index`, None: noise for the whole process.
 
-    step_index: int
-    x_BCHW: Tensor
-    x_start_BCHW: Tensor
-
-
-class StepOptions(NamedTuple):
-    """What both samplers do to each prediction.
-
-    `process_x_start` acts on the predicted image before clipping. `gradient` (x, original timesteps) to [B, C, H, W]
-    pulls the sample, for example towards a caption by noised CLIP, already multiplied by its scale.
+    Raises ValueError for an unknown sampler or an eta for another than DDIM; each sampler adds its own.
     """
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta: expected 0, as {sampler} fixes its own noise, found {eta}")
+    if sampler == "ancestral":
+        return ancestral_steps(denoise, diffusion, x_BCHW, noise, start_index=start_index, options=options)
+    if sampler == "ddim":
+        return ddim_steps(denoise, diffusion, x_BCHW, noise, eta=eta, start_index=start_index, options=options)
+    if sampler in ("dpm++", "dpm++sde"):
+        eta = 1.0 if sampler == "dpm++sde" else 0.0
+        return dpm_solver_steps(denoise, diffusion, x_BCHW, noise, eta=eta, start_index=start_index, options=options)
+    raise ValueError(f"sampler: expected ancestral, ddim, dpm++ or dpm++sde, found {sampler!r}")
 
-    clip_denoised: bool = True
-    process_x_start: Callable[[Tensor], Tensor] | None = None
-    gradient: Denoise | None = None
 
-
-DEFAULT_OPTIONS = StepOptions()
+def sample(
+    sampler: SamplerName,
+    denoise: Denoise,
+    diffusion: Diffusion,
+    x_BCHW: Tensor,
+    noise: Noise | None = None,
+    *,
+    eta: float = 0.0,
+    start_index: int | None = None,
+    options: StepOptions = DEFAULT_OPTIONS,
+) -> Tensor:
+    """`sample_steps` to the end: the image [B, C, H, W], in [-1, 1] when predictions are clipped and nothing pulls."""
+    steps = sample_steps(sampler, denoise, diffusion, x_BCHW, noise, eta=eta, start_index=start_index, options=options)
+    for step in steps:
+        x_BCHW = step.x_BCHW
+    return x_BCHW
 
 
 @torch.no_grad()
 def ancestral_steps(
-    denoise: Denoise, diffusion: Diffusion, x_BCHW: Tensor, noise: Noise, options: StepOptions = DEFAULT_OPTIONS
+    denoise: Denoise,
+    diffusion: Diffusion,
+    x_BCHW: Tensor,
+    noise: Noise | None,
+    *,
+    start_index: int | None = None,
+    options: StepOptions = DEFAULT_OPTIONS,
 ) -> Iterator[SampleStep]:
-    """Draw x_{t-1} from p(x_{t-1} | x_t) for every timestep, last first. `x_BCHW` is the initial noise.
+    """Draw x_{t-1} from p(x_{t-1} | x_t) for every timestep, last first.
 
-    A gradient shifts the mean by variance · gradient (Dhariwal & Nichol 2021, algorithm 1).
+    A gradient shifts the mean by variance · gradient (ADM algorithm 1). Raises ValueError without a source of noise.
     """
-    for index in reversed(range(diffusion.steps)):
-        step, pull = _predict(denoise, diffusion, x_BCHW, index, options)
-        x_BCHW = step.mean if pull is None else step.mean + step.variance * pull
+    if noise is None:
+        raise ValueError("ancestral sampling: expected a source of noise, found none")
+    for index in step_indices(diffusion, start_index):
+        step = predict(denoise, diffusion, x_BCHW, index, options)
+        gradient_BCHW = pull(diffusion, x_BCHW, index, options)
+        x_BCHW = step.mean if gradient_BCHW is None else step.mean + step.variance * gradient_BCHW
         if index:
             x_BCHW = x_BCHW + torch.exp(0.5 * step.log_variance) * noise(index)
         yield SampleStep(index, x_BCHW, step.x_start)
@@ -67,105 +108,54 @@ def ddim_steps(
     denoise: Denoise,
     diffusion: Diffusion,
     x_BCHW: Tensor,
+    noise: Noise | None = None,
     *,
     eta: float = 0.0,
-    noise: Noise | None = None,
+    start_index: int | None = None,
     options: StepOptions = DEFAULT_OPTIONS,
 ) -> Iterator[SampleStep]:
-    """DDIM (Song et al. 2021, equation 12): deterministic at eta 0, which never asks for noise.
+    """DDIM (Song et al. 2021, equation 12): deterministic at eta 0, which never asks for noise; eta 1 is as noisy as
+    ancestral sampling with the posterior's variance.
 
-    A gradient changes the noise by -sqrt(1 - alpha_bar) · gradient (Dhariwal & Nichol 2021, algorithm 2); the image is
-    not clipped again after it, as in the release. Raises ValueError when eta is not 0 and `noise` is missing.
+    A gradient acts on the score (`steps.predict_by_score`). Raises ValueError when eta is not within 0..1, or is above
+    0 and `noise` is missing.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"DDIM: expected an eta from 0 to 1, found {eta}")
     if eta and noise is None:
         raise ValueError(f"DDIM with eta {eta}: expected a source of noise, found none")
-    for index in reversed(range(diffusion.steps)):
-        step, pull = _predict(denoise, diffusion, x_BCHW, index, options)
-        t_B = _timesteps(x_BCHW, index)
-        x_start_BCHW = step.x_start
-        # Derived again: clipping has changed the image, and image and noise must add up to x_t.
-        eps_BCHW = diffusion.eps_from_xstart(x_BCHW, t_B, x_start_BCHW)
-        if pull is not None:
-            eps_BCHW = eps_BCHW - diffusion.at("sqrt_one_minus_alphas_cumprod", t_B) * pull
-            x_start_BCHW = diffusion.predict_xstart_from_eps(x_BCHW, t_B, eps_BCHW)
-        bar, bar_before = diffusion.at("alphas_cumprod", t_B), diffusion.at("alphas_cumprod_prev", t_B)
-        sigma = eta * torch.sqrt((1 - bar_before) / (1 - bar) * (1 - bar / bar_before))
-        x_BCHW = bar_before.sqrt() * x_start_BCHW + torch.sqrt(1 - bar_before - sigma.square()) * eps_BCHW
+    for index in step_indices(diffusion, start_index):
+        x_start_BCHW, eps_BCHW = predict_by_score(denoise, diffusion, x_BCHW, index, options)
+        # In float64: in float32 the difference under the second root can come out below 0 when steps are few.
+        bar, bar_before = float(diffusion.alphas_cumprod[index]), float(diffusion.alphas_cumprod_prev[index])
+        variance = eta**2 * (1 - bar_before) / (1 - bar) * (1 - bar / bar_before)
+        x_BCHW = math.sqrt(bar_before) * x_start_BCHW + math.sqrt(max(1 - bar_before - variance, 0.0)) * eps_BCHW
         if index and eta and noise is not None:
-            x_BCHW = x_BCHW + sigma * noise(index)
+            x_BCHW = x_BCHW + math.sqrt(variance) * noise(index)
         yield SampleStep(index, x_BCHW, x_start_BCHW)
 
 
-def ancestral_sample(
-    denoise: Denoise, diffusion: Diffusion, x_BCHW: Tensor, noise: Noise, options: StepOptions = DEFAULT_OPTIONS
-) -> Tensor:
-    """`ancestral_steps` to the end: the image [B, C, H, W], in [-1, 1] when predictions are clipped."""
-    return _last(ancestral_steps(denoise, diffusion, x_BCHW, noise, options))
-
-
-def ddim_sample(
+@torch.no_grad()
+def ddim_inversion(
     denoise: Denoise,
     diffusion: Diffusion,
-    x_BCHW: Tensor,
+    image_BCHW: Tensor,
     *,
-    eta: float = 0.0,
-    noise: Noise | None = None,
+    end_index: int | None = None,
     options: StepOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
-    """`ddim_steps` to the end: the image [B, C, H, W]."""
-    return _last(ddim_steps(denoise, diffusion, x_BCHW, eta=eta, noise=noise, options=options))
+    """The sample at `end_index` (None: the last step) from which DDIM without eta leads back to the image.
 
-
-def guided(
-    model: Callable[..., Tensor],
-    guidance_scale: float,
-    conditions: Mapping[str, Tensor],
-    empty: Mapping[str, Tensor],
-) -> Denoise:
-    """Classifier-free guidance as a `Denoise`: eps = eps(empty) + scale · (eps(conditions) - eps(empty)).
-
-    `model(x, timesteps, **keywords)` runs once on the doubled batch, conditional half first; `conditions` and `empty`
-    hold its keywords: tensors with the batch first, equal keys and shapes (an upsampler's low resolution is in both).
-    Guidance acts on the noise only: the variance is the conditional half's own. At scale 1 the empty half has no
-    weight and is not computed. Raises ValueError when the keywords differ.
+    DDIM's equation in the other direction (Song et al. 2021, section 4.3): every step takes the noise found in the
+    sample it starts from. The first step starts from the image itself, which has no timestep, and asks at the first
+    one. The way back misses the image by an error that falls with the number of steps. -1 gives the image.
     """
-    if conditions.keys() != empty.keys():
-        raise ValueError(f"guidance: expected equal keywords, found {sorted(conditions)} and {sorted(empty)}")
-    if guidance_scale == 1:
-        return lambda x_BCHW, timesteps_B: model(x_BCHW, timesteps_B, **conditions)
-    doubled = {name: torch.cat([conditions[name], empty[name]]) for name in conditions}
-
-    def denoise(x_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-        output = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([timesteps_B, timesteps_B]), **doubled)
-        conditional_B2CHW, empty_B2CHW = output.chunk(2)
-        eps_BCHW, position_BCHW = conditional_B2CHW.chunk(2, dim=1)
-        empty_eps_BCHW = empty_B2CHW.chunk(2, dim=1)[0]
-        guided_eps_BCHW = empty_eps_BCHW + guidance_scale * (eps_BCHW - empty_eps_BCHW)
-        return torch.cat([guided_eps_BCHW, position_BCHW], dim=1)
-
-    return denoise
-
-
-def _predict(
-    denoise: Denoise, diffusion: Diffusion, x_BCHW: Tensor, index: int, options: StepOptions
-) -> tuple[ReverseStep, Tensor | None]:
-    t_B = _timesteps(x_BCHW, index)
-    original_B = diffusion.original_timesteps(t_B)
-    step = diffusion.p_mean_variance(
-        denoise(x_BCHW, original_B),
-        x_BCHW,
-        t_B,
-        clip_denoised=options.clip_denoised,
-        process_x_start=options.process_x_start,
-    )
-    return step, None if options.gradient is None else options.gradient(x_BCHW, original_B)
-
-
-def _timesteps(x_BCHW: Tensor, index: int) -> Tensor:
-    return torch.full((len(x_BCHW),), index, dtype=torch.int64, device=x_BCHW.device)
-
-
-def _last(steps: Iterable[SampleStep]) -> Tensor:
-    for step in steps:
-        last = step
-    return last.x_BCHW
+    x_BCHW = image_BCHW
+    for index in reversed(step_indices(diffusion, end_index)):
+        at = max(index - 1, 0)
+        x_start_BCHW, eps_BCHW = predict_by_score(denoise, diffusion, x_BCHW, at, options)
+        if index == 0:
+            x_start_BCHW = image_BCHW
+        bar = float(diffusion.alphas_cumprod[index])
+        x_BCHW = math.sqrt(bar) * x_start_BCHW + math.sqrt(1 - bar) * eps_BCHW
+    return x_BCHW

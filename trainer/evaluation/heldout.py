@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from data_pipeline.draws import Draws
-from data_pipeline.loader import Column, Loader, Rows, read_rows
+from data_pipeline.loader import Column, Loader, MicroBatch, Prepare, Rows, read_rows
 from data_pipeline.order import SampleOrder, micro_batches
 from data_pipeline.shards import Dataset
 from trainer.config import HeldoutSettings, TrainConfig
 from trainer.engine.group import Group
 from trainer.recipes import make_recipe
-from trainer.recipes.recipe import on_device
+from trainer.recipes.recipe import Recipe, on_device
 
 Captions = Literal["right", "shuffled"]
 CAPTION_COLUMNS = ("tokens", "n_tokens")
@@ -41,27 +41,20 @@ def heldout_loss(
     `modules` must be in evaluation mode. With `captions="shuffled"` each row has its neighbour's caption.
     """
     recipe = make_recipe(config.for_evaluation())
-    batch = min(EVALUATION_BATCH, dataset.rows, settings.images)
-    order = SampleOrder(dataset.id, dataset.shard_rows, EVALUATION_SEED, batch)
-    images = min(settings.images, order.epoch_images) // batch * batch
+    phases = recipe.phases()
+    names = {phase: (*phase.terms, *phase.observed) for phase in phases}
 
     def prepare(rows: Rows, draws: Draws) -> Any:
         return recipe.prepare(rows if captions == "right" else shuffled_captions(rows), draws)
 
-    # Every rank takes whole batches, so that shuffling stays inside a batch whatever the world size.
-    starts = range(batch * group.rank, images, batch * group.world_size)
-    phases = recipe.phases()
-    names = {phase: (*phase.terms, *phase.observed) for phase in phases}
+    images, share = _share(recipe, dataset, prepare, settings.images, group)
     values = {phase: torch.zeros(len(names[phase]), images, dtype=torch.float64) for phase in phases}
-    loader = Loader(dataset, order, recipe.columns, prepare, micro_batches(batch, 0, 1, batch))
     with torch.no_grad():
-        for micro in _batches_at(loader, starts):
+        for micro in share:
             rows = on_device(micro.batch, group.device)
-            begin = int(micro.positions[0])
             for phase in phases:
                 losses = phase.loss(modules, rows, micro.draws)
-                stacked = torch.stack([losses[name].double().cpu() for name in names[phase]])
-                values[phase][:, begin : begin + batch] = stacked
+                values[phase][:, micro.positions] = torch.stack([losses[name].double().cpu() for name in names[phase]])
     figures: dict[str, float] = {}
     for phase in phases:
         named = dict(zip(names[phase], group.sum_(values[phase]), strict=True))
@@ -70,7 +63,38 @@ def heldout_loss(
     return figures
 
 
-def _batches_at(loader: Loader, starts: range) -> Iterator[Any]:
+def heldout_bits_per_dimension(
+    config: TrainConfig, modules: Mapping[str, nn.Module], dataset: Dataset, images: int, group: Group
+) -> float | None:
+    """Mean upper bound on the bits per dimension of `images` held-out rows (cut to whole batches); None for a recipe
+    that has none. Runs the network once for every timestep of the process. A collective call."""
+    recipe = make_recipe(config.for_evaluation())
+    count, share = _share(recipe, dataset, recipe.prepare, images, group)
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for micro in share:
+            bits = recipe.bits_per_dimension(modules, on_device(micro.batch, group.device), micro.draws)
+            if bits is None:
+                return None
+            total += bits.double().sum().cpu()
+    return float(group.sum_(total)) / count
+
+
+def _share(
+    recipe: Recipe, dataset: Dataset, prepare: Prepare, images: int, group: Group
+) -> tuple[int, Iterator[MicroBatch]]:
+    """How many held-out rows all ranks judge together, and this rank's batches of them.
+
+    Every rank takes whole batches, so that shuffling stays inside a batch whatever the world size.
+    """
+    batch = min(EVALUATION_BATCH, dataset.rows, images)
+    order = SampleOrder(dataset.id, dataset.shard_rows, EVALUATION_SEED, batch)
+    images = min(images, order.epoch_images) // batch * batch
+    loader = Loader(dataset, order, recipe.columns, prepare, micro_batches(batch, 0, 1, batch))
+    return images, _batches_at(loader, range(batch * group.rank, images, batch * group.world_size))
+
+
+def _batches_at(loader: Loader, starts: range) -> Iterator[MicroBatch]:
     for start in starts:
         for micro_batch_list in loader.batches(start, start + loader.order.batch):
             yield from micro_batch_list

@@ -32,7 +32,9 @@ def retrieval_accuracy(images_NE: Tensor, captions_NE: Tensor, ways: int = 100) 
     """
     sets = len(images_NE) // ways
     if sets == 0:
-        raise UserError(f"{ways}-way retrieval", f"at least {ways} pairs", str(len(images_NE)), "bring more held-out rows")
+        raise UserError(
+            f"{ways}-way retrieval", f"at least {ways} pairs", str(len(images_NE)), "bring more held-out rows"
+        )
     found = [
         pair_losses(images_NE[begin : begin + ways], captions_NE[begin : begin + ways], logit_scale=1.0)
         for begin in range(0, sets * ways, ways)

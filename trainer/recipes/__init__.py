@@ -7,15 +7,21 @@ from typing import Any
 from data_pipeline.config import parse
 from data_pipeline.errors import UsageError
 from trainer.config import TrainConfig
-from trainer.recipes.glide import GlideConfig
-from trainer.recipes.glide_base import GlideBase
-from trainer.recipes.glide_upsampler import GlideUpsampler
+from trainer.recipes.classifier_free_finetune import ClassifierFreeConfig, ClassifierFreeFinetune
+from trainer.recipes.glide_base import GlideBase, GlideBaseConfig
+from trainer.recipes.glide_upsampler import GlideUpsampler, GlideUpsamplerConfig
+from trainer.recipes.inpaint import InpaintBase, InpaintBaseConfig, InpaintUpsampler, InpaintUpsamplerConfig
+from trainer.recipes.noised_clip import NoisedClipRecipe, NoisedClipTrainConfig
 from trainer.recipes.recipe import Recipe
 
 # name -> (its configuration, its constructor from that configuration)
 RECIPES: dict[str, tuple[type[TrainConfig], Any]] = {
-    "glide_base": (GlideConfig, GlideBase),
-    "glide_upsampler": (GlideConfig, GlideUpsampler),
+    "glide_base": (GlideBaseConfig, GlideBase),
+    "glide_upsampler": (GlideUpsamplerConfig, GlideUpsampler),
+    "classifier_free_finetune": (ClassifierFreeConfig, ClassifierFreeFinetune),
+    "inpaint_base": (InpaintBaseConfig, InpaintBase),
+    "inpaint_upsampler": (InpaintUpsamplerConfig, InpaintUpsampler),
+    "noised_clip": (NoisedClipTrainConfig, NoisedClipRecipe),
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data_pipeline.draws import Draws
 from data_pipeline.loader import Column, MicroBatch, Rows
 from trainer.config import SamplingSettings
+from trainer.diffusion.steps import Gradient
 
 if TYPE_CHECKING:
     from trainer.step import Trainee
@@ -28,6 +29,7 @@ Batch = Mapping[str, Tensor]
 Losses = Mapping[str, Tensor]  # values per sample, each [b]; "total", in float32, is the one that is minimised
 StateDict = dict[str, Tensor]  # parameter name -> values
 Accumulate = Callable[["Trainee", "Phase", Sequence[MicroBatch], int], Tensor]  # as trainer/step.py's `accumulate`
+Watch = Callable[[int], None]  # told the index of every sampling step once it is done; the last one is 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ class Phase:
         return self.name or self.part
 
 
+@dataclass(frozen=True)
+class Given:
+    """Pictures that sampling starts from; square, of any side that is not below the network's."""
+
+    low_res: Sequence[Pixels] | Pixels | None = None  # to enlarge, each uint8 [h, w, 3]
+    image: Pixels | None = None  # to edit or fill in, uint8 [b, h, w, 3]
+    mask: NDArray[np.bool_] | None = None  # [b, h, w], True where `image` is kept
+
+
 class HostState(Protocol):
     """What a recipe remembers from step to step: small, equal on all ranks, kept in the checkpoint's manifest."""
 
@@ -100,10 +111,23 @@ class Recipe(Protocol):
     def prepare(self, rows: Rows, draws: Draws) -> Batch:
         """Tensors of a micro batch from its rows. Pure; runs in loader threads."""
 
-    def conditions(self, prompts: Sequence[str], images: Pixels | None) -> Batch:
-        """What `sample` needs: prompts, and for a recipe that starts from pictures, `images` uint8 [b, h, w, 3]."""
+    def conditions(self, prompts: Sequence[str], given: Given) -> Batch:
+        """What `sample` needs, from prompts and the pictures given with them."""
 
     def sample(
-        self, parts: Mapping[str, nn.Module], conditions: Batch, draws: Draws, settings: SamplingSettings
+        self,
+        parts: Mapping[str, nn.Module],
+        conditions: Batch,
+        draws: Draws,
+        settings: SamplingSettings,
+        gradient: Gradient | None = None,
+        watch: Watch | None = None,
     ) -> Pixels:
-        """Images uint8 [b, H, W, 3] for the conditions, each a function of its own position in `draws` alone."""
+        """Images uint8 [b, H, W, 3] for the conditions, each a function of its own position in `draws` alone.
+
+        `gradient` pulls them, for example towards what a noised CLIP takes for the caption; `watch` follows the steps.
+        """
+
+    def bits_per_dimension(self, parts: Mapping[str, nn.Module], batch: Batch, draws: Draws) -> Tensor | None:
+        """An upper bound for each sample, [b]; None for a recipe that has none."""
+        return None
