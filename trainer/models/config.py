@@ -14,12 +14,13 @@ from data_pipeline.config import Settings
 
 VOCABULARY = 50257  # GPT-2's byte-pair encoding, as in the release
 IMAGE_CHANNELS = 3
+INPAINT_CHANNELS = IMAGE_CHANNELS + 1  # known pixels, and the mask that says which are known
 
 Positive = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class GlideModelConfig(Settings):
-    """Base model (`low_resolution` None) or upsampler (`low_resolution` = side of the image it starts from)."""
+    """Base model or upsampler (`low_resolution`), each also as an inpainting model (`inpaint`)."""
 
     image_size: PositiveInt
     """Side of the square image that is denoised, in pixels."""
@@ -40,16 +41,26 @@ class GlideModelConfig(Settings):
     text_layers: PositiveInt
     text_heads: PositiveInt
     low_resolution: PositiveInt | None = None
+    """Side of the images that an upsampler is trained to enlarge; None for a base model. The network itself takes any
+    smaller square, as the release does."""
+    inpaint: bool = False
+    """Also sees an image with a hole: what is known of it, and where it is known."""
+    low_res_level: bool = False
+    """An upsampler is told how noisy its low resolution is (cascaded diffusion); the release is not."""
+    learned_variance: bool = True
+    """Also predicts where the variance lies between its bounds (improved DDPM); the release always does."""
 
     @property
     def in_channels(self) -> int:
-        """The noised image, and for an upsampler the enlarged low-resolution image behind it."""
-        return IMAGE_CHANNELS if self.low_resolution is None else 2 * IMAGE_CHANNELS
+        """Noised image; for inpainting, known pixels and mask; for an upsampler, the enlarged image. In that order."""
+        inpainting = INPAINT_CHANNELS if self.inpaint else 0
+        upsampling = IMAGE_CHANNELS if self.low_resolution is not None else 0
+        return IMAGE_CHANNELS + inpainting + upsampling
 
     @property
     def out_channels(self) -> int:
-        """Predicted noise, then the learned position of the variance between its bounds."""
-        return 2 * IMAGE_CHANNELS
+        """The prediction, then the position of the variance between its bounds where that is learned."""
+        return (2 if self.learned_variance else 1) * IMAGE_CHANNELS
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -63,6 +74,8 @@ class GlideModelConfig(Settings):
             raise ValueError(f"image_size divisible by {2**halvings} ({halvings} halvings), found {self.image_size}")
         if self.low_resolution is not None and self.low_resolution >= self.image_size:
             raise ValueError(f"low_resolution below image_size {self.image_size}, found {self.low_resolution}")
+        if self.low_res_level and self.low_resolution is None:
+            raise ValueError("low_res_level for upsamplers only (low_resolution), found true")
         unknown = sorted(set(self.attention_resolutions) - set(self.resolutions))
         if unknown:
             raise ValueError(f"attention_resolutions among the levels' {list(self.resolutions)}, found {unknown}")
