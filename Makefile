@@ -25,6 +25,8 @@ drills: .venv/test-installed
 
 .venv/demo-installed: .venv/torch-installed setup.py
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo]'
+	# For CLIP's BPE file alone: the package itself would bring torchvision.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps open_clip_torch
 	touch $@
 
 .venv/test-installed: .venv/demo-installed

@@ -190,6 +190,7 @@ def test_bits_per_dimension_of_held_out_rows_do_not_depend_on_how_they_are_batch
     assert heldout_bits_per_dimension(one.config, one.modules, open_dataset(dataset_uri), 32, Group()) == bits
 
 
+@pytest.mark.drill
 def test_a_compiled_model_trains_to_the_same_losses_and_names(train_values: Values) -> None:
     """Compiling takes a C++ compiler on a CPU; the smallest network there is."""
     curves = []

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import PRESETS, find_config, read_values
+from data_pipeline.config import PRESETS, read_values
 from data_pipeline.errors import UsageError
 from trainer.config import lr_at, refuse_changed_keys
 from trainer.ema import ema_decay_at
-from trainer.plan import plan
 from trainer.recipes import parse_train_config
 
 
@@ -69,27 +68,8 @@ def test_steps_may_be_written_as_a_number(train_values: Callable[..., dict[str, 
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_exist(train_values: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(UsageError, match="key recipe: expected one of glide_base, glide_upsampler, found 'glide'"):
+    with pytest.raises(UsageError, match="key recipe: expected one of .*noised_clip, found 'glide'"):
         parse_train_config(train_values(recipe="glide"), "test")
-
-
-@pytest.mark.parametrize(
-    ("preset", "parameters"),
-    [
-        ("glide-base-3.5b", 3_554_414_086),
-        ("glide-upsampler-1.5b", 1_540_932_998),
-        ("glide-base-released", 385_030_726),
-        ("glide-upsampler-released", 398_361_286),
-    ],
-)
-def test_a_preset_has_the_published_size_and_its_checkpoint_four_floats_per_parameter(
-    preset: str, parameters: int
-) -> None:
-    config = parse_train_config(read_values(find_config("train", preset)), preset)
-    planned = plan(config)
-    assert planned["parameters"]["total"] == parameters
-    assert planned["checkpoint_bytes"] == 16 * parameters
-    assert planned["micro_batch"] * planned["accumulation"] * config.launcher.workers >= config.batch
 
 
 @pytest.mark.parametrize("path", sorted((PRESETS / "train").glob("*.yaml")), ids=lambda path: path.stem)
