@@ -205,8 +205,12 @@ class Glide(nn.Module):
 
         Regions, not the whole: equal ones share a kernel, and activation checkpointing goes on around them.
         """
-        for region in (*self.input_blocks, self.middle_block, *self.output_blocks, *self.transformer.resblocks):
-            region.compile(backend=backend)
+        regions = [*self.input_blocks, self.middle_block, *self.output_blocks, *self.transformer.resblocks]
+        # Regions of one class count as recompilations of one function; past the limit (8) the rest would stay eager.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 2 * len(regions))
+        for region in regions:
+            region.compile(backend=backend, dynamic=False)
 
     def example_inputs(self, batch: int) -> dict[str, Tensor]:
         """Made-up keywords of `forward`, of the sizes of training; `glidepath plan` counts with them."""

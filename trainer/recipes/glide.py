@@ -100,6 +100,10 @@ class GlideConfig(TrainConfig):
         if self.model.learned_variance != (self.diffusion.variance == "learned"):
             found = f"{self.diffusion.variance} with {str(self.model.learned_variance).lower()}"
             raise ValueError(f"diffusion.variance learned if model.learned_variance, found {found}")
+        if self.compile and self.zero.stage == 3:
+            raise ValueError(
+                "compile with zero.stage 0 to 2, found 3, which moves parameters behind the compiler's back"
+            )
         if (upsampler or self.inpaint) and self.samples.prompts:
             raise ValueError("no samples.prompts: this recipe starts from pictures, its grid shows held-out rows")
         spaced_timesteps(self.diffusion.steps, self.samples.sampling.spacing)

@@ -1,0 +1,1 @@
+"""Measurements: each script is one command and writes json into `results/`."""

@@ -1,0 +1,1 @@
+"""`glidepath plan`: `planning` puts together what `counting`, `memory`, `speed` and `hardware` say."""
