@@ -4,8 +4,8 @@ timestep quartile as json and PNG, pictures, and the figures that say whether ea
     python -m benchmarks.recipes --corpus FOLDER [--scale 1.0] [--home FOLDER]
 
 `--corpus` holds img2dataset output (`*/*.tar` with the captions of each picture in its json). One picture in ten is
-held out. `--scale` multiplies how many images each run trains on. Runs that are in `--home` already go on or are taken as
-they are. Writes `benchmarks/results/recipes/`.
+held out. `--scale` multiplies how many images each run trains on. Runs that are in `--home` already go on or are taken
+as they are. Writes `benchmarks/results/recipes/`.
 """
 
 from __future__ import annotations

@@ -157,11 +157,27 @@ def corpus_verify(dataset: Annotated[str, typer.Argument(help="Dataset URI.")], 
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Parameters, checkpoint size and batch cutting of a training configuration; no GPU needed."""
-    from trainer.plan import plan as make_plan
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option(help="h200, h100, a100-80, a100-40, l40s or b200; as many as there are workers.")
+    ] = "h200",
+    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that the arithmetic reaches.")] = 0.5,
+    upload: Annotated[float, typer.Option(help="Each worker's GB/s to the store, for checkpoints.")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Parameters, FLOPs, memory per GPU, images/s, GPU-days and checkpoint size; no GPU needed."""
+    from trainer.plan.hardware import named_cluster
+    from trainer.plan.planning import plan as make_plan
 
-    show(make_plan(load_train_config(config, overrides)), as_json)
+    planned = make_plan(load_train_config(config, overrides), named_cluster(gpu, utilisation, upload))
+    if as_json:
+        show(planned, True)
+    else:
+        choices = planned.pop("choices")
+        show(planned, False)
+        show(choices, False)
 
 
 @app.command()
@@ -258,6 +274,40 @@ def checkpoints_verify(run: Run, as_json: Json = False) -> None:
     report_verification(verify_checkpoints(run_store(run)), as_json)
 
 
+@checkpoints_app.command("export")
+def checkpoints_export(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint URI, or a run (then its newest).")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    weights: Annotated[str, typer.Option(help="ema or master.")] = "ema",
+    data_licence: Annotated[str, typer.Option(help="Licence of the training data, for the model card.")] = "unknown",
+    as_json: Json = False,
+) -> None:
+    """Write a model as safetensors with its configuration and model card, and in the release's layout."""
+    from trainer.interop.export import export_checkpoint
+
+    if weights not in ("ema", "master"):
+        raise UsageError("--weights", "ema or master", repr(weights), "correct it")
+    uri = checkpoint if "checkpoints/images-" in checkpoint else run_store(checkpoint)
+    show(export_checkpoint(uri, out, "master" if weights == "master" else "ema", data_licence), as_json)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A released state dict; for clip the folder of its two files.")],
+    kind: Annotated[str, typer.Option(help="base, upsample, base-inpaint, upsample-inpaint or clip.")],
+    out: Annotated[str, typer.Option(help="Store URI of the new run that holds the checkpoint.")],
+    arguments: Annotated[
+        str, typer.Option(help="The release's constructor arguments where they differ: JSON, or a file of it.")
+    ] = "{}",
+    as_json: Json = False,
+) -> None:
+    """Make a checkpoint of OpenAI's released weights: to sample from, or as the parent of a fine-tune."""
+    from trainer.interop.arguments import known_kind
+    from trainer.interop.importer import import_release, read_json
+
+    show(import_release(known_kind(kind), read_json(arguments), file, out), as_json)
+
+
 @runs_app.command("list")
 def runs_list(tracking: Tracking = None, as_json: Json = False) -> None:
     """Every run of the tracking server, or without one of the state folder; newest first."""
@@ -286,26 +336,73 @@ def runs_compare(
 @app.command()
 def sample(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint URI, or a run (then its newest).")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of further prompts, one per line.")] = None,
     upsampler: Annotated[str | None, typer.Option(help="Checkpoint URI or run of an upsampler.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Checkpoint URI or run of a noised CLIP to pull and judge.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to alter (--strength) or to fill in (--mask).")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Mask of that picture: white or transparent where it is drawn anew, black where it stays."),
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is the caption alone.")] = 3.0,
+    clip_guidance: Annotated[float, typer.Option(help="How strongly the CLIP pulls; 0: it judges only.")] = 2.0,
+    best_of: Annotated[int, typer.Option(help="Pictures of each prompt, of which the CLIP chooses one.")] = 1,
+    strength: Annotated[float, typer.Option(help="Noise on --image: 0 leaves it as it is, 1 nothing of it.")] = 1.0,
     spacing: Annotated[str, typer.Option(help="Sampling steps of the base model, such as 50 or 10,10,3,2,2.")] = "50",
-    sampler: Annotated[str, typer.Option(help="ddim or ancestral.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="ddim, ancestral, dpm++ or dpm++sde.")] = "ddim",
+    eta: Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ancestral.")] = 0.0,
+    clip_denoised: Annotated[
+        str, typer.Option(help="Clipping of predicted pictures: static, dynamic or none.")
+    ] = "static",
+    clip_percentile: Annotated[float, typer.Option(help="Of dynamic clipping.")] = 0.995,
+    noise_temperature: Annotated[float, typer.Option(help="Factor on the initial noise.")] = 1.0,
+    upsampler_guidance: Annotated[float, typer.Option(help="As --guidance.")] = 1.0,
+    upsampler_spacing: Annotated[str, typer.Option(help="As --spacing.")] = "fast27",
+    upsampler_sampler: Annotated[str, typer.Option(help="As --sampler.")] = "ddim",
+    upsampler_temperature: Annotated[float, typer.Option(help="As --noise-temperature.")] = 0.997,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal pictures.")] = 0,
+    first_number: Annotated[int, typer.Option(help="Number of the first prompt; a picture depends on its own.")] = 0,
+    weights: Annotated[str, typer.Option(help="ema or master.")] = "ema",
+    batch: Annotated[int, typer.Option(help="Pictures drawn together; changes memory and time only.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
     as_json: Json = False,
 ) -> None:
-    """Draw pictures from a trained model: one PNG per prompt, and a grid."""
-    from cluster.drawing import draw_to_folder
+    """Draw pictures from a trained model: one PNG per prompt with its settings inside, and a grid."""
+    from cluster.drawing import DrawSettings, draw_to_folder
     from data_pipeline.config import parse
-    from trainer.config import SamplingSettings
 
-    values = {"guidance_scale": guidance, "spacing": spacing, "sampler": sampler}
-    settings = parse(SamplingSettings, values, "sample")
-    models = [
-        model if "checkpoints/images-" in model else run_store(model) for model in (checkpoint, upsampler) if model
-    ]
-    show(draw_to_folder(models, prompt, settings, seed, out), as_json)
+    uris = {
+        name: model if "checkpoints/images-" in model else run_store(model)
+        for name, model in (("checkpoint", checkpoint), ("upsampler", upsampler), ("clip", clip))
+        if model
+    }
+    base = {"guidance_scale": guidance, "spacing": spacing, "sampler": sampler, "eta": eta, "strength": strength}
+    base |= {"clip": clip_denoised, "clip_percentile": clip_percentile, "noise_temperature": noise_temperature}
+    enlarging = {"guidance_scale": upsampler_guidance, "spacing": upsampler_spacing, "sampler": upsampler_sampler}
+    enlarging |= {"noise_temperature": upsampler_temperature}
+    values = {"base": base, "enlarging": enlarging, "clip_guidance": clip_guidance, "best_of": best_of, "seed": seed}
+    values |= {"image": image, "mask": mask, "first_number": first_number, "weights": weights, "batch": batch}
+    settings = parse(DrawSettings, {**uris, **values, "device": device}, "sample")
+    texts = all_prompts(prompt, prompts)
+    with progress_bar("sample") as bar:
+        drawn = draw_to_folder(settings, texts, out, bar, lambda line: say(f"warning: {line}"))
+    show(drawn, as_json)
+
+
+def all_prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the command line, then the lines of the file that are not blank. Raises UsageError for none."""
+    lines: list[str] = []
+    if file:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--prompts {file}", "UTF-8", error.reason, "save the file as UTF-8") from None
+    found = [*(given or ()), *(line for line in lines if line)]
+    if not found:
+        raise UsageError("sample", "--prompt, or --prompts with a file of them", "no prompt", "say what to draw")
+    return found
 
 
 @app.command()

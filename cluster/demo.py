@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cluster.console import progress_bar, say
-from cluster.drawing import load_recipe
+from cluster.drawing import load_part
 from cluster.launch import Event, WorkerDied
 from cluster.tracking import resumed_at
 from cluster.training import build_demo_dataset, train_run
@@ -29,10 +29,11 @@ from trainer.checkpoint.manifest import committed
 from trainer.config import TrainConfig
 from trainer.engine.group import Group
 from trainer.evaluation.heldout import heldout_loss
+from trainer.pictures import grid, png_bytes
 from trainer.recipes import parse_train_config
 from trainer.recipes.recipe import Pixels
 from trainer.run import dataset_uri, store_uri
-from trainer.sampling import grid, png_bytes, two_stage
+from trainer.sampling import two_stage
 from trainer.weights import Trained
 
 KILL_AT = 0.55  # of the images: some updates after a checkpoint, so that the resume has something to do again
@@ -47,7 +48,7 @@ def run_demo() -> dict[str, Any]:
     text_free = train("demo-base", "run=demo-text-free", "caption_dropout=1.0", "samples.prompts=['']")
     upsampler = train("demo-upsampler")
 
-    models = load_recipe(base["checkpoint"], "glide_base"), load_recipe(upsampler["checkpoint"], "glide_upsampler")
+    models = load_part(base["checkpoint"], "base"), load_part(upsampler["checkpoint"], "upsampler")
     shuffled = shuffled_loss(models[0])
     prompts = list(base_config.samples.prompts)
     _, large = two_stage(*models, prompts, base_config.samples.sampling, seed=0)

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.draws import key64
 from data_pipeline.errors import UserError
 from data_pipeline.loader import MicroBatch
 from trainer.config import TrainConfig, lr_at
@@ -23,7 +22,7 @@ from trainer.ema import ema_decay_at, update_ema
 from trainer.engine.engine import Engine
 from trainer.engine.group import Group
 from trainer.guard import Decision, GuardHistory, judge
-from trainer.recipes.recipe import Phase, Recipe, on_device
+from trainer.recipes.recipe import Phase, Recipe, on_device, seed_dropout
 
 
 @dataclass
@@ -104,7 +103,7 @@ def accumulate(trainee: Trainee, phase: Phase, micro_batches: Sequence[MicroBatc
     for micro in micro_batches:
         # A rank whose share is used up goes through the same collective calls, with weight 0.
         mine = len(micro.positions)
-        seed_dropout(trainee, micro)
+        seed_dropout(micro, trainee.group.rank)
         with engine.precision_context():
             losses = phase.loss(trainee.modules, on_device(micro.batch, device), micro.draws)
         engine.backward(losses["total"].sum() * (float(mine > 0) / trainee.config.batch))
@@ -112,11 +111,6 @@ def accumulate(trainee: Trainee, phase: Phase, micro_batches: Sequence[MicroBatc
             begin = int(micro.positions[0]) - position
             values[:, begin : begin + mine] = torch.stack([losses[name].detach().double() for name in names])
     return values
-
-
-def seed_dropout(trainee: Trainee, micro: MicroBatch) -> None:
-    """Dropout inside networks is a function of the micro batch's position and the rank."""
-    torch.manual_seed(key64("dropout", trainee.config.seed, int(micro.draws.positions[0]), trainee.group.rank))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from cluster.cli import run
 from data_pipeline.build import CorpusConfig, build_corpus
@@ -105,7 +106,51 @@ def test_checkpoints_are_listed_verified_and_sampled_from(cli: Cli, train_values
     assert [row["verified"] for row in cli("checkpoints", "list", values["store"])[1]] == [False, True]
     assert "expected bytes that verify" in refused(cli, 1, "sample", listed[0]["uri"], "--prompt", "a cat")
     line = refused(cli, 1, "sample", listed[1]["uri"], "--upsampler", listed[1]["uri"], "--prompt", "a cat")
-    assert "expected recipe glide_upsampler, found glide_base" in line
+    assert "expected an upsampler, found recipe glide_base" in line
+
+
+def test_sample_takes_prompts_from_a_file_and_every_setting_from_its_options(
+    cli: Cli, train_values: Values, tmp_path: Path
+) -> None:
+    store = train_values(images=16)["store"]
+    train_here(train_values(images=16))
+    (tmp_path / "prompts.txt").write_text("a dog\n\n  grüner Apfel \n")
+    options = {
+        "--guidance": "1.5",
+        "--spacing": "3",
+        "--sampler": "ancestral",
+        "--clip-denoised": "dynamic",
+        "--clip-percentile": "0.9",
+        "--noise-temperature": "0.98",
+        "--seed": "4",
+        "--first-number": "10",
+        "--weights": "master",
+        "--batch": "2",
+        "--device": "cpu",
+    }
+    words = [word for pair in options.items() for word in pair]
+    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--prompt", "a cat"]
+    code, drawn, _ = cli("sample", store, *prompts, *words, "--out", str(tmp_path / "out"))
+    assert code == 0 and [Path(path).name for path in drawn["images"]] == ["0010.png", "0011.png", "0012.png"]
+    texts = [Image.open(path).text for path in drawn["images"]]  # type: ignore[attr-defined]
+    assert [text["prompt"] for text in texts] == ["a cat", "a dog", "grüner Apfel"]
+    drawing = json.loads(texts[1]["drawing"])
+    found = {"seed": 4, "first_number": 11, "weights": "master", "batch": 2, "device": "cpu", "best_of": 1}
+    assert drawing.items() >= found.items() and drawing["checkpoint"] == drawn["checkpoint"]
+    of_base = {"guidance_scale": 1.5, "spacing": "3", "sampler": "ancestral", "clip": "dynamic", "eta": 0.0}
+    assert drawing["base"].items() >= (of_base | {"clip_percentile": 0.9, "noise_temperature": 0.98}).items()
+    assert drawing["enlarging"].items() >= {"spacing": "fast27", "noise_temperature": 0.997}.items()
+
+    for wrong, line in (
+        ([], "expected --prompt, or --prompts with a file of them, found no prompt"),
+        (["--prompt", "x", "--sampler", "euler"], "key base.sampler: .*found 'euler'"),
+        (["--prompt", "x", "--strength", "1.5"], "key base.strength: "),
+        (["--prompt", "x", "--best-of", "2"], "expected a CLIP that judges the candidates"),
+        (["--prompt", "x", "--image", "a.png"], "expected --mask or --strength below 1"),
+        (["--prompt", "x", "--weights", "raw"], "key weights: "),
+    ):
+        assert re.search(line, refused(cli, 2, "sample", store, *wrong))
+    assert "no.png" in refused(cli, 1, "sample", store, "--prompt", "x", "--image", "no.png", "--strength", "0.5")
 
 
 def test_plan_counts_what_training_would_build(cli: Cli) -> None:
@@ -121,7 +166,7 @@ def test_plan_counts_what_training_would_build(cli: Cli) -> None:
         (["train", "tiny", "model.widht=3"], r"key model\.widht: .* did you mean"),
         (["train", "tiny", "model.image_size=65"], "key model: expected image_size divisible by"),
         (["train", "tiny", "samples={sampling: {spacing: '2000'}}"], "steps|spacing"),
-        (["train", "tiny", "model.low_resolution=16"], "model.low_resolution for glide_upsampler only"),
+        (["train", "tiny", "model.low_resolution=16"], "model.low_resolution for upsamplers only"),
         (["train", "tiny", "model.image_size=128"], "model.image_size of at most the stored 64"),
         (["train", "demo-upsampler", "samples.prompts=[a cat]"], "no samples.prompts"),
         (["train", "no-such-preset"], "presets are: .*tiny"),

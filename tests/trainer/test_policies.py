@@ -68,7 +68,7 @@ def test_steps_may_be_written_as_a_number(train_values: Callable[..., dict[str, 
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_exist(train_values: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(UsageError, match="key recipe: expected one of .*noised_clip, found 'glide'"):
+    with pytest.raises(UsageError, match=r"key recipe: expected one of .*noised_clip, found 'glide'"):
         parse_train_config(train_values(recipe="glide"), "test")
 
 

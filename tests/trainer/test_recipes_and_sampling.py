@@ -18,9 +18,10 @@ from data_pipeline.shards import open_dataset
 from data_pipeline.tokenizer import encode
 from trainer.config import SamplingSettings
 from trainer.evaluation.heldout import shuffled_captions
+from trainer.pictures import grid, png_bytes
 from trainer.recipes import make_recipe, parse_train_config
-from trainer.recipes.recipe import Recipe
-from trainer.sampling import draw_images, grid, png_bytes
+from trainer.recipes.recipe import Given, Recipe
+from trainer.sampling import draw_images
 
 Values = Callable[..., dict[str, Any]]
 
@@ -43,7 +44,7 @@ def test_the_base_recipe_prepares_pixels_captions_noise_and_timesteps(train_valu
     expected = area_resize(rows["image64"][3].reshape(64, 64, 3), 16).astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(batch["images"][3].permute(1, 2, 0).numpy(), expected, atol=1e-6)
     assert batch["mask"].sum(dim=1).tolist() == np.minimum(rows["n_tokens"], 8).tolist()
-    assert set(batch["timesteps"].tolist()) <= set(range(1000))
+    assert ((batch["uniforms"] >= 0) & (batch["uniforms"] < 1)).all() and len(set(batch["uniforms"].tolist())) == 8
 
 
 def test_the_upsampler_is_conditioned_on_the_area_reduction_of_the_picture_it_learns(
@@ -77,7 +78,7 @@ def test_evaluation_never_drops_captions_except_for_a_text_free_model(train_valu
 def test_a_prompt_is_tokenized_as_the_corpus_was(train_values: Values) -> None:
     recipe = make_recipe(parse_train_config(train_values(), "test"))
     tokens, n_tokens = encode("A Red Apple")
-    conditions = recipe.conditions(["A Red Apple"], None)
+    conditions = recipe.conditions(["A Red Apple"], Given())
     assert conditions["tokens"][0].tolist() == tokens[:8].tolist()
     assert int(conditions["mask"].sum()) == n_tokens
 

@@ -23,7 +23,7 @@ from trainer.recipes import make_recipe
 from trainer.recipes.recipe import Recipe, on_device
 
 Captions = Literal["right", "shuffled"]
-CAPTION_COLUMNS = ("tokens", "n_tokens")
+CAPTION_COLUMNS = ("caption", "tokens", "n_tokens")
 EVALUATION_SEED = 20_211_220  # fixed: figures of different runs and seeds compare
 EVALUATION_BATCH = 16
 

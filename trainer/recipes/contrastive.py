@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.loader import MicroBatch
-from trainer.recipes.recipe import Batch, Losses, Phase, on_device
+from trainer.recipes.recipe import Batch, Losses, Phase, on_device, seed_dropout
 
 if TYPE_CHECKING:
     from trainer.step import Trainee
@@ -153,9 +153,7 @@ class Contrastive:
 
     def _directions(self, trainee: Trainee, phase: Phase, micro: MicroBatch) -> Directions:
         """The same in both passes: noise is the batch's, dropout a function of the micro batch's position."""
-        from trainer.step import seed_dropout  # which imports the recipes
-
-        seed_dropout(trainee, micro)
+        seed_dropout(micro, trainee.group.rank)
         with trainee.engines[phase.part].precision_context():
             return self.directions(trainee.modules, on_device(micro.batch, trainee.group.device))
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data_pipeline.draws import Draws
+from data_pipeline.draws import Draws, key64
 from data_pipeline.loader import Column, MicroBatch, Rows
 from trainer.config import SamplingSettings
 from trainer.diffusion.steps import Gradient
@@ -47,6 +47,11 @@ class Part:
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on a device; the loader's threads prepare them in this machine's memory."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def seed_dropout(micro: MicroBatch, rank: int) -> None:
+    """Dropout inside networks is a function of the run's seed, the micro batch's position, and the rank."""
+    torch.manual_seed(key64("dropout", micro.draws.seed, int(micro.draws.positions[0]), rank))
 
 
 def always(update: int) -> bool:
