@@ -119,6 +119,8 @@ def test_the_whole_road_on_a_cluster(stack_env: Any, tmp_path: Path) -> None:
     updates = list(range(BATCH, IMAGES + 256 + BATCH, BATCH))
     points = histories(stack_env.mlflow, further["mlflow_run_id"])
     assert {"loss/total", "loss/mse", "loss/vb", "grad_norm", "lr", "images_per_s"} <= set(points)
+    quartiles = [points.pop(f"loss/q{number}") for number in range(4)]  # a point where a sample fell into it
+    assert all(len(steps) == len(set(steps)) for steps in quartiles) and set().union(*quartiles) == set(updates)
     for name, steps in points.items():
         assert sorted(steps) == updates, (name, Counter(steps).most_common(3), set(updates) - set(steps))
 
