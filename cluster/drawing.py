@@ -8,7 +8,7 @@ of machine. Called by the command line; the demo takes its models through `load_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from trainer.config import Positive, SamplingSettings
 from trainer.diffusion.respacing import spaced_timesteps
 from trainer.pictures import grid, png_bytes, read_mask, read_picture
 from trainer.recipes import make_recipe
+from trainer.recipes.glide import GlideConfig
 from trainer.recipes.recipe import Pixels
 from trainer.sampling import (
     BATCH,
@@ -71,11 +72,6 @@ class DrawSettings(Settings):
 
     @model_validator(mode="after")
     def _fit(self) -> DrawSettings:
-        for settings in (self.base, self.enlarging):
-            if settings.eta and settings.sampler != "ddim":
-                raise ValueError(
-                    f"no eta for the sampler {settings.sampler}, which fixes its noise, found {settings.eta}"
-                )
         if self.best_of > 1 and not self.clip:
             raise ValueError(f"a CLIP that judges the candidates (--clip), found --best-of {self.best_of} without")
         if self.mask and not self.image:
@@ -85,6 +81,16 @@ class DrawSettings(Settings):
         if self.image and not self.mask and self.base.strength == 1:
             raise ValueError("--mask or --strength below 1 with --image, found neither: nothing of it would be kept")
         return self
+
+
+def unguidable(settings: DrawSettings, models: Mapping[str, Trained]) -> Iterator[str]:
+    """A line if guidance goes away from an empty caption that the base model has never seen."""
+    config, scale = models["base"].config, settings.base.guidance_scale
+    if scale != 1 and isinstance(config, GlideConfig) and config.caption_dropout == 0:
+        yield (
+            f"guidance {scale:g}: expected a base model that was trained with empty captions, found caption_dropout 0; "
+            "use --guidance 1, or fine-tune it with classifier_free_finetune"
+        )
 
 
 def draw_to_folder(
@@ -104,7 +110,7 @@ def draw_to_folder(
     edit = read_edit(settings, read_configs(settings))
     models = load_models(settings)
     pipeline = make_pipeline(settings, models)
-    warnings = list(cut_prompts(prompts, settings.first_number, models, pipeline.judge))
+    warnings = [*unguidable(settings, models), *cut_prompts(prompts, settings.first_number, models, pipeline.judge)]
     for line in warnings:
         warn(line)
 

@@ -90,6 +90,12 @@ class SamplingSettings(Settings):
     noise_temperature: float = 1.0  # scales the initial noise; the release's upsampler uses 0.997
     low_res_level: Fraction = 0.0  # noise on an upsampler's low resolution, for one that is told of it
 
+    @model_validator(mode="after")
+    def _eta_is_for_ddim(self) -> SamplingSettings:
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"no eta for the sampler {self.sampler}, which fixes its noise, found {self.eta}")
+        return self
+
 
 class SampleSettings(Settings):
     """Grids of fixed prompts at fixed seeds while training."""

@@ -183,9 +183,10 @@ class TrainingLoop:
     def sample(self) -> str | None:
         """A grid of EMA samples in the store; its key. A collective call; rank 0 draws."""
         key = None
-        settings = self.config.samples
+        if not (self.config.samples.prompts or self.heldout):
+            return None
         with ema_modules(self.trainee) as modules:
-            if self.group.rank == 0 and (settings.prompts or self.heldout):
+            if self.group.rank == 0:
                 drawn, prompts = self.draw(modules)
                 key = f"samples/images-{self.position:09d}-ema.png"
                 about = {"run": self.config.run, "images": str(self.position)}
@@ -220,7 +221,7 @@ class TrainingLoop:
             losses = heldout_loss(config, modules, dataset, config.heldout, self.group)
             if last and (rows := config.heldout.bits_per_dimension):
                 bits = heldout_bits_per_dimension(config, modules, dataset, rows, self.group)
-                losses |= {} if bits is None else {"bits_per_dimension": bits}
+                losses["bits_per_dimension"] = bits
         self.tracker.log(self.position, {f"heldout/{name}": value for name, value in losses.items()})
         return losses
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -158,13 +157,14 @@ def make_tracker(config: TrainConfig, attempt: int, mlflow_run_id: str | None) -
     return BackgroundTracker(lambda: MlflowServer(uri, mlflow_run_id), attempt)
 
 
-def make_trainee(config: TrainConfig, group: Group, starts: Mapping[str, StateDict] | None = None) -> Trainee:
-    """Every part in its engine, equal on all ranks: built from the seed, or with the weights of `starts`."""
+def make_trainee(config: TrainConfig, group: Group, starts: dict[str, StateDict] | None = None) -> Trainee:
+    """Every part in its engine, equal on all ranks: built from the seed, or with the weights of `starts`, which is
+    emptied on the way."""
     recipe = make_recipe(config)
     engines: dict[str, Engine] = {}
     for name, part in recipe.parts().items():
         torch.manual_seed(key64("initialise", config.seed, name))
-        engines[name] = make_engine(name, part, config, group, (starts or {}).get(name))
+        engines[name] = make_engine(name, part, config, group, (starts or {}).pop(name, None))
     return Trainee(recipe, config, group, engines)
 
 
@@ -174,7 +174,8 @@ def make_engine(name: str, part: Part, config: TrainConfig, group: Group, start:
     if start:
         with torch.no_grad():
             for parameter_name, parameter in module.named_parameters():
-                parameter.copy_(start[parameter_name])
+                if parameter_name in start:
+                    parameter.copy_(start.pop(parameter_name))
     if config.zero.stage == 0 or part.hold == "replicated":
         return ReplicatedEngine(name, module, config, group)
     # Before the import, which else takes the GPU of a machine that has one.

@@ -7,7 +7,7 @@ checkpoint's URI and the sha256 of its manifest. Called by `trainer.run`, sampli
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ from data_pipeline.storage import ObjectStore, open_store
 from trainer.checkpoint.load import fill, refuse_other_model
 from trainer.checkpoint.manifest import CheckpointName, Manifest, committed, read_manifest, split_checkpoint_uri
 from trainer.checkpoint.parts import CheckpointDamaged
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, flat_keys
 from trainer.engine.engine import Interval
 from trainer.recipes import make_recipe, parse_train_config
-from trainer.recipes.recipe import Recipe, StateDict
+from trainer.recipes.recipe import Part, Recipe, StateDict
 
 WeightsKind = Literal["ema", "master"]
 
@@ -117,9 +117,10 @@ def lineage_of(config: TrainConfig) -> dict[str, dict[str, Any]]:
         if part.start is None:
             continue
         parent = open_checkpoint(part.start)
+        refuse_other_settings(parent, part, config)
         with torch.device("meta"):
             mine = part.build()
-        fitted(parent, name, part.adapt, mine, _shapes_on_meta(parent, name))
+        fitted(parent, name, part, mine, _shapes_on_meta(parent, name))
         lineage[name] = {
             "parent": parent.uri,
             "weights": config.parent_weights,
@@ -152,8 +153,17 @@ def start_of(config: TrainConfig, lineage: Mapping[str, Mapping[str, Any]]) -> d
         read_weights(parent, whole, facts["weights"])
         with torch.device("meta"):
             mine = parts[name].build()
-        starts[name] = fitted(parent, name, parts[name].adapt, mine, whole[name])
+        starts[name] = fitted(parent, name, parts[name], mine, whole[name])
     return starts
+
+
+def refuse_other_settings(parent: Checkpoint, part: Part, config: TrainConfig) -> None:
+    """Raise UserError naming the first setting in which a parent means something else by weights of equal shapes."""
+    mine = dict(flat_keys(config.model_dump(mode="json")))
+    its = dict(flat_keys(parent.config.model_dump(mode="json")))
+    for key in part.alike:
+        if key in its and its[key] != mine[key]:
+            raise UserError(f"parent {parent.uri}: {key}", f"{mine[key]}", f"{its[key]}", f"set {key}={its[key]}")
 
 
 def _shapes_on_meta(checkpoint: Checkpoint, part: str) -> StateDict:
@@ -171,21 +181,18 @@ def _shapes_on_meta(checkpoint: Checkpoint, part: str) -> StateDict:
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def fitted(
-    parent: Checkpoint,
-    part: str,
-    adapt: Callable[[StateDict], StateDict] | None,
-    mine: nn.Module,
-    weights: StateDict,
-) -> StateDict:
-    """The parent's weights as this part takes them. Raises UserError naming the first key that does not fit."""
-    adapted = adapt(weights) if adapt else weights
+def fitted(parent: Checkpoint, name_of_part: str, part: Part, mine: nn.Module, weights: StateDict) -> StateDict:
+    """The parent's weights as this part takes them, without those it has afresh. Raises UserError naming the first key
+    that does not fit."""
+    adapted = part.adapt(weights) if part.adapt else weights
     expected = {name: tuple(parameter.shape) for name, parameter in mine.named_parameters()}
     found = {name: tuple(values.shape) for name, values in adapted.items()}
     for name in sorted(expected.keys() | found.keys()):
+        if name not in found and name.startswith(part.fresh):
+            continue
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"parent {parent.uri}: {part}/{name}",
+                f"parent {parent.uri}: {name_of_part}/{name}",
                 f"shape {expected[name]}" if name in expected else "no such parameter",
                 f"shape {found[name]}" if name in found else "none",
                 "give a parent of the same model.* settings",

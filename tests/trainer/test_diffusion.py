@@ -261,18 +261,6 @@ def test_a_gradient_shifts_the_ancestral_mean_by_the_variance_and_the_ddim_noise
     torch.testing.assert_close(found.x_BCHW, expected.x_BCHW, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_guidance_extrapolates_the_noise_and_keeps_the_conditional_variance(scale: float) -> None:
-    def model(x: Tensor, t: Tensor, *, level: Tensor) -> Tensor:
-        return torch.cat([x * level, x + level + t[:, None, None, None]], dim=1)
-
-    conditional, empty = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 0.5)
-    x, t = randn(0), torch.tensor([3, 3])
-    found = guided(model, scale, {"level": conditional}, {"level": empty})(x, t)
-    torch.testing.assert_close(found[:, :3], x * 0.5 + scale * (x * 2.0 - x * 0.5))
-    torch.testing.assert_close(found[:, 3:], x + 2.0 + 3)
-
-
 def test_guidance_runs_the_model_once_with_the_conditional_half_first() -> None:
     batches: list[list[float]] = []
 

@@ -76,6 +76,9 @@ def test_settings_that_do_not_go_together_are_refused(train_values: Values) -> N
         ({"diffusion": {"objective": "simple", "variance": "fixed_small"}}, "learned if model.learned_variance"),
         ({"recipe": "inpaint_base"}, "model.inpaint true for inpaint_base, found False"),
         ({"recipe": "classifier_free_finetune"}, "key parent"),
+        ({"samples": {"sampling": {"sampler": "ancestral", "eta": 0.5}}}, "no eta for the sampler ancestral"),
+        ({"samples": {"sampling": {"strength": 0.5}}}, "strength 1: a grid starts from noise"),
+        ({"samples": {"sampling": {"low_res_level": 0.5}}}, "low_res_level 0 without model.low_res_level"),
         ({"recipe": "glide_upsampler"}, "model.low_resolution for upsamplers only, found None"),
     ):
         with pytest.raises(UserError, match=message):
@@ -137,6 +140,7 @@ def test_inpainting_starts_with_its_parents_predictions_whatever_is_shown(
     )
     parent = load_trained(plain["store"])
     starts = start_of(config, lineage_of(config))
+    names = set(starts[kind])
     (engine,) = make_trainee(config, Group(), starts).engines.values()
     child = engine.module.eval()
     batch, _ = prepared(make_recipe(config.for_evaluation()), dataset_uri)
@@ -151,7 +155,7 @@ def test_inpainting_starts_with_its_parents_predictions_whatever_is_shown(
     again = {**plain, "run": "again", "recipe": recipe, "store": f"{plain['store']}-2", "model": config.model}
     trained(config.model_dump(mode="json") | {"store": again["store"], "images": 16})
     second = parse_train_config(config.model_dump(mode="json") | {"parent": again["store"]}, "test")
-    assert start_of(second, lineage_of(second))[kind].keys() == starts[kind].keys(), "an inpainting parent needs none"
+    assert start_of(second, lineage_of(second))[kind].keys() == names, "an inpainting parent needs none"
 
 
 def test_the_low_resolution_is_blurred_and_noised_as_set_and_its_level_told(
@@ -175,19 +179,38 @@ def test_the_low_resolution_is_blurred_and_noised_as_set_and_its_level_told(
     torch.testing.assert_close(spread, angle.sin(), rtol=0.1, atol=1e-3)
     evaluated, _ = prepared(make_recipe(config.for_evaluation()), dataset_uri)
     torch.testing.assert_close(evaluated["low_res"], plain["low_res"])
-    trained(told)
+    trained(values)
+    config = parse_train_config(
+        {**told, "run": "told", "store": f"{told['store']}-told", "parent": told["store"]}, "test"
+    )
+    starts = start_of(config, lineage_of(config))
+    assert not any("level" in name for name in starts["upsampler"])
+    (child,) = make_trainee(config, Group(), starts).modules.values()
+    (parent,) = load_trained(told["store"]).modules.values()
+    common = {name: noised[name] for name in ("tokens", "mask", "low_res")}
+    times = torch.arange(6) * 150
+    with torch.no_grad():  # a parent that was not told goes on as it was
+        expected = parent(noised["noise"], times, **common)
+        found = child.eval()(noised["noise"], times, **common, low_res_level=noised["low_res_level"])
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    trained(config.model_dump(mode="json"))
 
 
-def test_bits_per_dimension_of_held_out_rows_do_not_depend_on_how_they_are_batched(
-    train_values: Values, dataset_uri: str
+def test_bits_per_dimension_of_held_out_rows_do_not_depend_on_the_number_of_ranks(
+    train_values: Values, dataset_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Group, "sum_", lambda group, tensor: tensor)  # each rank's own share
     values = train_values(diffusion={"steps": 10}, samples={"sampling": {"spacing": "5"}}, images=16)
     values["heldout"] = {"dataset": dataset_uri, "images": 16, "bits_per_dimension": 32}
     result = trained(values)
     bits = result["heldout"]["bits_per_dimension"]
     assert 1 < bits < 50, "an untrained model is worse than the 8 bits of a stored pixel"
-    one = load_trained(values["store"])
-    assert heldout_bits_per_dimension(one.config, one.modules, open_dataset(dataset_uri), 32, Group()) == bits
+    one, dataset = load_trained(values["store"]), open_dataset(dataset_uri)
+    shares = [
+        heldout_bits_per_dimension(one.config, one.modules, dataset, 32, Group(rank, world_size=3)) for rank in range(3)
+    ]
+    assert sum(shares) == pytest.approx(bits, rel=1e-5)
+    assert min(shares[:2]) > 1 and shares[2] == 0, "two batches: the third rank has none"
 
 
 @pytest.mark.drill

@@ -101,6 +101,13 @@ def test_a_parent_that_does_not_fit_is_refused_with_both_shapes_before_anything_
     values = train_values("child", parent=parent, model=wider)
     with pytest.raises(UserError, match=r"base/\S+: expected shape \(64,.*\), found shape \(32,.*same model"):
         prepare_run(parse_train_config(values, "test"))
+    same = {**train_values()["model"], "norm_groups": 8}
+    for changes, message in (
+        ({"model": same}, r"model.norm_groups: expected 8, found \d+; set model.norm_groups="),
+        ({"diffusion": {"schedule": "linear"}}, "diffusion.schedule: expected linear, found cosine"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare_run(parse_train_config(train_values("child", parent=parent, **changes), "test"))
     upsampler = {**wider, "low_resolution": 8}
     values = train_values("child", parent=parent, recipe="glide_upsampler", model=upsampler)
     with pytest.raises(UserError, match="a recipe with the part upsampler, found glide_base with base"):

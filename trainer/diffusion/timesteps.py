@@ -29,19 +29,13 @@ STORED_LOSS, STORED_COUNT = np.dtype("<f4"), np.dtype("u1")
 
 
 class TimestepSampler(Protocol):
-    """A law of timesteps. Small and equal on all ranks; its state is JSON."""
+    """A law of timesteps, equal on all ranks."""
 
     def draw(self, uniforms_b: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps int64 [b] for `uniforms_b` float64 [b] in [0, 1), and the weights float32 [b] of their losses."""
 
     def observe(self, timesteps_B: Tensor, losses_B: Tensor) -> None:
         """The global batch's timesteps and unweighted losses, in order of position and equal on all ranks."""
-
-    def document(self) -> dict[str, Any]:
-        """The state as JSON, exactly."""
-
-    def load(self, document: dict[str, Any]) -> None:
-        """Go on from a `document()`. Raises UserError for one of another law or process."""
 
 
 class UniformTimesteps:
@@ -56,12 +50,6 @@ class UniformTimesteps:
 
     def observe(self, timesteps_B: Tensor, losses_B: Tensor) -> None:
         pass
-
-    def document(self) -> dict[str, Any]:
-        return {"law": "uniform", "steps": self.steps}
-
-    def load(self, document: dict[str, Any]) -> None:
-        _expect(document, self.document())
 
 
 class LossSecondMoment:
@@ -78,7 +66,8 @@ class LossSecondMoment:
         # float32, the precision losses have: what is stored is what is remembered, to the bit.
         self._history_TN = np.zeros((steps, LOSSES_REMEMBERED), STORED_LOSS)
         self._count_T = np.zeros(steps, STORED_COUNT)
-        self._law: tuple[Tensor, Tensor] | None = None  # cumulated probabilities and weights, until the next `observe`
+        # Cumulated probabilities and weights by device, until the next `observe`.
+        self._law: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def probabilities(self) -> NDArray[np.float64]:
         """Of each timestep: [T] float64, all above 0."""
@@ -91,11 +80,12 @@ class LossSecondMoment:
     def draw(self, uniforms_b: Tensor) -> tuple[Tensor, Tensor]:
         if not self._warm():
             return UniformTimesteps(self.steps).draw(uniforms_b)
-        if self._law is None:
+        if uniforms_b.device not in self._law:
             probability_T = self.probabilities()
             weight_T = (1 / (probability_T * self.steps)).astype(np.float32)
-            self._law = torch.from_numpy(np.cumsum(probability_T)), torch.from_numpy(weight_T)
-        cumulated_T, weight_of_T = (values_T.to(uniforms_b.device) for values_T in self._law)
+            law = torch.from_numpy(np.cumsum(probability_T)), torch.from_numpy(weight_T)
+            self._law[uniforms_b.device] = law[0].to(uniforms_b.device), law[1].to(uniforms_b.device)
+        cumulated_T, weight_of_T = self._law[uniforms_b.device]
         # Up to the last sum, which rounding keeps from being 1: above it there is no timestep.
         timesteps_b = torch.searchsorted(cumulated_T, uniforms_b * cumulated_T[-1], right=True)
         return timesteps_b, weight_of_T[timesteps_b]
@@ -106,7 +96,7 @@ class LossSecondMoment:
         for timestep, loss in zip(timesteps_B.tolist(), losses, strict=True):
             if np.isfinite(loss):
                 self._remember(int(timestep), loss)
-        self._law = None
+        self._law = {}
 
     def _warm(self) -> bool:
         return bool(self._count_T.min() == LOSSES_REMEMBERED)
@@ -121,6 +111,7 @@ class LossSecondMoment:
             self._history_TN[timestep, -1] = loss
 
     def document(self) -> dict[str, Any]:
+        """The state as JSON, exactly."""
         return {
             "law": "loss_second_moment",
             "steps": self.steps,
@@ -129,10 +120,11 @@ class LossSecondMoment:
         }
 
     def load(self, document: dict[str, Any]) -> None:
+        """Go on from a `document()`. Raises UserError for one of another law or process."""
         _expect(document, self.document())
         self._history_TN = _decoded(document, "losses", STORED_LOSS, (self.steps, LOSSES_REMEMBERED))
         self._count_T = _decoded(document, "counts", STORED_COUNT, (self.steps,))
-        self._law = None
+        self._law = {}
 
 
 def timestep_sampler(law: TimestepLaw, steps: int) -> TimestepSampler:

@@ -155,8 +155,11 @@ class DeepSpeedEngine:
     @contextmanager
     def weights(self, kind: Literal["master", "ema"]) -> Iterator[nn.Module]:
         # A plain module of its own: rank 0 may then draw alone, where ZeRO-3's would wait for the other ranks.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            module = self._build().to(self._group.device).eval()
+        with torch.device("meta"):
+            module = self._build()
+        module = module.to_empty(device=self._group.device).eval()
+        for name, buffer in module.named_buffers():
+            buffer.copy_(self.module.get_buffer(name))
         mine: dict[str, list[Interval]] = {}
         for interval in self._intervals(kind):
             mine.setdefault(interval.name.removeprefix(f"{self._part}/"), []).append(interval)

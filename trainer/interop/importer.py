@@ -95,6 +95,8 @@ def recorded_config(kind: Kind, arguments: GlideArguments | ClipArguments, out: 
     if isinstance(arguments, GlideArguments):
         schedule, steps = arguments.noise_schedule, arguments.diffusion_steps
         values["dropout"] = arguments.dropout
+        if kind in ("base", "base-inpaint"):
+            values["caption_dropout"] = 0.2  # both were trained for guidance (GLIDE, appendix B.1)
     else:
         schedule, steps = arguments.beta_schedule, arguments.n_timesteps
         values["logit_scale"] = arguments.logit_scale

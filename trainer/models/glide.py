@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.models.config import IMAGE_CHANNELS, VOCABULARY, GlideModelConfig
-from trainer.models.layers import LayerNorm32, timestep_embedding, zeroed
+from trainer.models.layers import LayerNorm32, expect_shape, timestep_embedding, zeroed
 from trainer.models.text import TextTransformer
 from trainer.models.unet import Stage, UNetBuilder
 
@@ -258,12 +258,6 @@ def enlarged(x_BCHW: Tensor, low_res: Tensor | None, usual_side: int) -> Tensor:
             f"found {list(low_res.shape)}"
         )
     return F.interpolate(low_res, (height, width), mode="bilinear", align_corners=False)
-
-
-def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError, in one line, if a tensor is of another shape."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -82,6 +82,12 @@ def zeroed(module: M) -> M:
     return module
 
 
+def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError, in one line, if a tensor is of another shape."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
+
+
 def timestep_embedding(timesteps_B: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
     """Cosines, then sines, of the timesteps at `width / 2` geometric frequencies: [B, width] float32.
 

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.clip_tokenizer import CLIP_CONTEXT_TOKENS
 from data_pipeline.config import Settings
+from trainer.models.layers import expect_shape
 
 # CLIP's statistics of its training images, on the scale 0..255.
 CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)
@@ -96,10 +97,10 @@ class NoisedClip(nn.Module):
         """Features [B, embedding] float32, not normalised.
 
         `x` [B, 3, image_size, image_size]: images in [-1, 1] plus noise; `timesteps` int64 [B] on the scale of the
-        process trained on, 0..timesteps-1, also under a respaced sampler.
+        process trained on, 0..timesteps-1, also under a respaced sampler. Raises ValueError for another shape.
         """
         size = self.config.image_size
-        assert x.shape[1:] == (3, size, size), f"images [B, 3, {size}, {size}] expected, found {tuple(x.shape)}"
+        expect_shape("x", x, (len(x), 3, size, size))
         return self.image_encoder(x, timesteps)
 
     def encode_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -108,8 +109,7 @@ class NoisedClip(nn.Module):
         `tokens` int64 [B, text_context] as `clip_tokens` makes them; `lengths` int64 [B]: the feature is read at
         `lengths - 1`, the end token, and what comes after it does not matter (attention is causal).
         """
-        length = self.config.text_context
-        assert tokens.shape[1] == length, f"captions of {length} tokens expected, found {tokens.shape[1]}"
+        expect_shape("tokens", tokens, (len(lengths), self.config.text_context))
         return self.text_encoder(tokens, lengths)
 
     def parameter_counts(self) -> dict[str, int]:
@@ -224,9 +224,9 @@ class ImageEmbedding(nn.Module):
         nn.init.normal_(self.w_t, std=width**-0.5)
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-        means = x_BCHW.new_tensor(CHANNEL_MEANS, dtype=torch.float32)[:, None, None]
-        deviations = x_BCHW.new_tensor(CHANNEL_DEVIATIONS, dtype=torch.float32)[:, None, None]
-        x_BCHW = ((x_BCHW.float() + 1) * 127.5 - means) / deviations
+        # Channel by channel with numbers: a tensor of them would be copied to the device in every pass.
+        channels = zip(x_BCHW.float().unbind(1), CHANNEL_MEANS, CHANNEL_DEVIATIONS, strict=True)
+        x_BCHW = torch.stack([((x_BHW + 1) * 127.5 - mean) / deviation for x_BHW, mean, deviation in channels], dim=1)
         patches_BDHW = F.conv2d(x_BCHW.to(self.patch_proj.dtype), self.patch_proj, stride=self.patch_size)
         patches_BND = patches_BDHW.flatten(2).transpose(1, 2)
         class_B1D = F.embedding(timesteps_B, self.w_t)[:, None]

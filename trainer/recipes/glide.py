@@ -33,7 +33,7 @@ from trainer.diffusion.respacing import spaced_timesteps
 from trainer.diffusion.samplers import sample_steps
 from trainer.diffusion.schedules import BetaSchedule
 from trainer.diffusion.steps import Denoise, Gradient, StepOptions
-from trainer.diffusion.timesteps import TimestepLaw, losses_by_quartile, timestep_sampler
+from trainer.diffusion.timesteps import LossSecondMoment, TimestepLaw, losses_by_quartile, timestep_sampler
 from trainer.models.config import GlideModelConfig
 from trainer.models.glide import Glide
 from trainer.recipes.recipe import (
@@ -51,6 +51,13 @@ from trainer.recipes.recipe import (
 )
 
 STORED_SIDE = {"base": 64, "upsampler": 256}  # pixels of the dataset's columns, by part
+
+
+# What shapes do not show, and weights were trained for.
+ALIKE = (
+    *(f"model.{name}" for name in ("head_channels", "norm_groups", "text_heads")),
+    *(f"diffusion.{name}" for name in ("schedule", "steps", "prediction", "variance")),
+)
 
 
 class ProcessSettings(Settings):
@@ -106,6 +113,10 @@ class GlideConfig(TrainConfig):
             )
         if (upsampler or self.inpaint) and self.samples.prompts:
             raise ValueError("no samples.prompts: this recipe starts from pictures, its grid shows held-out rows")
+        if self.samples.sampling.strength < 1:
+            raise ValueError("samples.sampling.strength 1: a grid starts from noise, found less")
+        if self.samples.sampling.low_res_level and not self.model.low_res_level:
+            raise ValueError("samples.sampling.low_res_level 0 without model.low_res_level, found more")
         spaced_timesteps(self.diffusion.steps, self.samples.sampling.spacing)
         return self
 
@@ -168,7 +179,10 @@ class GlideRecipe(Recipe):
         self.timesteps = timestep_sampler(settings.timesteps, settings.steps)
 
     def parts(self) -> dict[str, Part]:
-        return {self.config.part: Part(build=self._build, start=self.config.parent, adapt=self.adapt)}
+        part = Part(
+            self._build, start=self.config.parent, adapt=self.adapt, fresh=("low_res_level_embed.",), alike=ALIKE
+        )
+        return {self.config.part: part}
 
     def _build(self) -> Glide:
         model = Glide(self.config.model, self.config.dropout)
@@ -186,7 +200,7 @@ class GlideRecipe(Recipe):
         return (Phase(self.config.part, terms, self.loss, ("timesteps", "weights"), self.observe),)
 
     def state(self) -> HostState | None:
-        return None if self.config.diffusion.timesteps == "uniform" else self.timesteps
+        return self.timesteps if isinstance(self.timesteps, LossSecondMoment) else None
 
     def prepare(self, rows: Rows, draws: Draws) -> Batch:
         pictures = self.pictures(rows, draws)
@@ -215,7 +229,7 @@ class GlideRecipe(Recipe):
         }
 
     def loss(self, parts: Mapping[str, nn.Module], batch: Batch, draws: Draws) -> Losses:
-        """The objective's terms per sample, the total weighted for timesteps that are drawn unevenly."""
+        """The objective's terms per sample, weighted for timesteps that are drawn unevenly."""
         # Here and not in `prepare`, which runs ahead of the newest losses.
         timesteps, weights = self.timesteps.draw(batch["uniforms"])
         images, noise = batch["images"], batch["noise"]
@@ -229,7 +243,8 @@ class GlideRecipe(Recipe):
             noise_BCHW=noise,
             timesteps_B=timesteps,
         )
-        return {**terms, "total": terms["total"] * weights, "timesteps": timesteps, "weights": weights}
+        weighted = {name: term * weights for name, term in terms.items()}
+        return {**weighted, "timesteps": timesteps, "weights": weights}
 
     def observe(self, values: Mapping[str, Tensor], accepted: bool) -> Mapping[str, float]:
         """The loss by timestep quartile; what loss-aware timesteps learn from."""
@@ -238,6 +253,8 @@ class GlideRecipe(Recipe):
             self.timesteps.observe(timesteps, losses)
         quartiles = losses_by_quartile(timesteps, losses, self.process.steps)
         return {f"loss/{name}": value for name, value in quartiles.items()}
+
+    has_bound = True
 
     def bits_per_dimension(self, parts: Mapping[str, nn.Module], batch: Batch, draws: Draws) -> Tensor:
         model = parts[self.config.part]
@@ -313,6 +330,8 @@ class GlideRecipe(Recipe):
 
     def _guided(self, model: Glide, conditions: Batch, scale: float) -> Denoise:
         captioned = self._encoded(model, conditions)
+        if scale == 1:
+            return partial(model.denoise, **captioned)
         empty = self._encoded(model, {**conditions, "mask": torch.zeros_like(conditions["mask"])})
         return guided(model.denoise, scale, captioned, empty)
 

@@ -29,6 +29,10 @@ from trainer.recipes.glide import STORED_SIDE, ProcessSettings, reduced, to_pixe
 from trainer.recipes.recipe import Batch, Given, Losses, Part, Phase, Pixels, Recipe, Watch, on_device
 
 PART = "clip"
+ALIKE = (  # what a parent's shapes do not show
+    *(f"model.{name}" for name in ("image_heads", "text_heads", "image_head_channels", "text_head_channels")),
+    *("diffusion.schedule", "diffusion.steps"),
+)
 STORED = STORED_SIDE["base"]
 
 
@@ -52,6 +56,8 @@ class NoisedClipTrainConfig(TrainConfig):
             raise ValueError(f"model.text_context with room for a token, found {self.model.text_context}")
         if self.model.timesteps != self.diffusion.steps:
             raise ValueError(f"model.timesteps of diffusion.steps {self.diffusion.steps}, found {self.model.timesteps}")
+        if self.heldout and self.heldout.bits_per_dimension:
+            raise ValueError("heldout.bits_per_dimension 0: a CLIP has no likelihood, found more")
         if self.samples.prompts:
             raise ValueError("no samples.prompts: a CLIP draws no pictures, its grid shows held-out rows")
         return self
@@ -67,7 +73,7 @@ class NoisedClipRecipe(Recipe):
         self.process = Diffusion.from_schedule(config.diffusion.schedule, config.diffusion.steps)
 
     def parts(self) -> dict[str, Part]:
-        return {PART: Part(build=self._build, start=self.config.parent)}
+        return {PART: Part(self._build, start=self.config.parent, alike=ALIKE)}
 
     def _build(self) -> NoisedClip:
         model = NoisedClip(self.config.model, self.config.dropout)

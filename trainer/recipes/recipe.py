@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class Part:
     # A checkpoint, or a run (then its newest), whose part of the same name the run starts from.
     start: str | None = None
     adapt: Callable[[StateDict], StateDict] | None = None  # the parent's weights to this part's; on meta as well
+    fresh: tuple[str, ...] = ()  # parameters that begin so keep their own initialisation where the parent has none
+    alike: tuple[str, ...] = ()  # settings (dotted keys) that the parent must have alike though its shapes would fit
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -133,6 +135,8 @@ class Recipe(Protocol):
         `gradient` pulls them, for example towards what a noised CLIP takes for the caption; `watch` follows the steps.
         """
 
-    def bits_per_dimension(self, parts: Mapping[str, nn.Module], batch: Batch, draws: Draws) -> Tensor | None:
-        """An upper bound for each sample, [b]; None for a recipe that has none."""
-        return None
+    has_bound: ClassVar[bool] = False
+
+    def bits_per_dimension(self, parts: Mapping[str, nn.Module], batch: Batch, draws: Draws) -> Tensor:
+        """An upper bound for each sample, [b], in a recipe that has one."""
+        raise NotImplementedError
