@@ -63,7 +63,7 @@ class DrawSettings(Settings):
     first_number: Annotated[int, Field(ge=0, lt=CANDIDATE_STRIDE // 2)] = 0  # of the first prompt
     base: SamplingSettings = SamplingSettings()
     enlarging: SamplingSettings = RELEASED_UPSAMPLING
-    clip_guidance: float = CLIP_GUIDANCE
+    clip_guidance: Annotated[float, Field(allow_inf_nan=False)] = CLIP_GUIDANCE
     best_of: Positive = 1
     image: Path | None = None
     mask: Path | None = None
@@ -88,8 +88,8 @@ def unguidable(settings: DrawSettings, models: Mapping[str, Trained]) -> Iterato
     config, scale = models["base"].config, settings.base.guidance_scale
     if scale != 1 and isinstance(config, GlideConfig) and config.caption_dropout == 0:
         yield (
-            f"guidance {scale:g}: expected a base model that was trained with empty captions, found caption_dropout 0; "
-            "use --guidance 1, or fine-tune it with classifier_free_finetune"
+            f"guidance {scale:g}: expected a base model trained with empty captions, found caption_dropout 0; "
+            "unless its parent saw some, use --guidance 1 or fine-tune it with classifier_free_finetune"
         )
 
 
@@ -237,9 +237,10 @@ def read_edit(settings: DrawSettings, configs: Mapping[str, Any]) -> Edit | None
 
 
 def as_found(settings: DrawSettings, models: Mapping[str, Trained]) -> DrawSettings:
-    """The settings with the checkpoints and the device that were meant."""
+    """The settings with the checkpoints, the files and the device that were meant."""
     uris = {"checkpoint" if part == "base" else part: model.uri for part, model in models.items()}
-    return settings.model_copy(update={**uris, "device": device_of(settings)})
+    files = {name: path.resolve() for name in ("image", "mask") if (path := getattr(settings, name))}
+    return settings.model_copy(update={**uris, **files, "device": device_of(settings)})
 
 
 def description(settings: DrawSettings, models: Mapping[str, Trained]) -> dict[str, str]:

@@ -78,7 +78,8 @@ class HeldoutSettings(Settings):
 class SamplingSettings(Settings):
     """How to draw from a trained model."""
 
-    guidance_scale: float = 3.0  # 1: the caption alone, above: away from the empty caption (classifier-free guidance)
+    # Classifier-free guidance. 1: the caption alone; above: away from the empty caption.
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 3.0
     spacing: Annotated[str, Field(coerce_numbers_to_str=True)] = (
         "50"  # sampling steps, as trainer/diffusion/respacing.py reads them
     )
@@ -87,7 +88,9 @@ class SamplingSettings(Settings):
     clip: Clip = "static"  # of the predicted image: to [-1, 1], to its own percentile and back (dynamic), or none
     clip_percentile: Annotated[float, Field(gt=0, le=1)] = 0.995  # dynamic clipping only
     strength: Fraction = 1.0  # below 1: starts from a given picture with this part of the noise (SDEdit)
-    noise_temperature: float = 1.0  # scales the initial noise; the release's upsampler uses 0.997
+    noise_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
+        1.0  # scales the initial noise; the release's upsampler uses 0.997
+    )
     low_res_level: Fraction = 0.0  # noise on an upsampler's low resolution, for one that is told of it
 
     @model_validator(mode="after")

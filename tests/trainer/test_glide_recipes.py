@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trainer.checkpoint.manifest import committed, read_manifest
 from trainer.engine.group import Group
 from trainer.evaluation.heldout import heldout_bits_per_dimension
 from trainer.recipes import make_recipe, parse_train_config
-from trainer.recipes.recipe import Batch, Recipe
+from trainer.recipes.recipe import Batch, Given, Recipe
 from trainer.run import make_trainee, prepare_run, train
 from trainer.tracking.jsonl import read_curves
 from trainer.weights import lineage_of, load_trained, start_of
@@ -70,6 +71,19 @@ def test_every_prediction_variance_and_objective_trains(
     assert ("loss/vb" in curves) == (objective != "simple")
 
 
+def test_captions_are_padded_to_a_context_longer_than_the_dataset_stores(
+    train_values: Values, dataset_uri: str
+) -> None:
+    values = train_values(images=16)
+    values["model"] = values["model"] | {"text_context": 160}
+    recipe = make_recipe(parse_train_config(values, "test"))
+    batch, _ = prepared(recipe, dataset_uri)
+    assert batch["tokens"].shape == batch["mask"].shape == (6, 160) and not batch["mask"][:, 128:].any()
+    asked = recipe.conditions(["dog " * 149 + "dog"], Given())
+    assert asked["mask"].sum() == 150
+    trained(values)
+
+
 def test_settings_that_do_not_go_together_are_refused(train_values: Values) -> None:
     for changes, message in (
         ({"diffusion": {"objective": "simple"}}, "objective simple: expected variance fixed_small or fixed_large"),
@@ -77,6 +91,7 @@ def test_settings_that_do_not_go_together_are_refused(train_values: Values) -> N
         ({"recipe": "inpaint_base"}, "model.inpaint true for inpaint_base, found False"),
         ({"recipe": "classifier_free_finetune"}, "key parent"),
         ({"samples": {"sampling": {"sampler": "ancestral", "eta": 0.5}}}, "no eta for the sampler ancestral"),
+        ({"samples": {"sampling": {"guidance_scale": math.nan}}}, "guidance_scale"),
         ({"samples": {"sampling": {"strength": 0.5}}}, "strength 1: a grid starts from noise"),
         ({"samples": {"sampling": {"low_res_level": 0.5}}}, "low_res_level 0 without model.low_res_level"),
         ({"recipe": "glide_upsampler"}, "model.low_resolution for upsamplers only, found None"),

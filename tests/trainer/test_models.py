@@ -53,8 +53,8 @@ def tiny(seed: int = 0, dropout: float = 0.0, **changes: Any) -> Glide:
 def inputs(batch: int = 2, seed: int = 1) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        "x_BCHW": torch.randn(batch, 3, 16, 16, generator=generator),
-        "timesteps_B": torch.randint(0, 1000, (batch,), generator=generator),
+        "x": torch.randn(batch, 3, 16, 16, generator=generator),
+        "timesteps": torch.randint(0, 1000, (batch,), generator=generator),
         "tokens": torch.randint(0, VOCABULARY, (batch, 6), generator=generator),
         "mask": torch.arange(6) < torch.arange(batch)[:, None] * 3,
     }
@@ -239,7 +239,7 @@ def test_the_projection_reads_the_last_position() -> None:
 def test_an_encoded_caption_gives_the_output_of_the_caption() -> None:
     model, given_inputs = tiny(), inputs()
     encoded = model.encode_text(given_inputs["tokens"], given_inputs["mask"])
-    output = model.denoise(given_inputs["x_BCHW"], given_inputs["timesteps_B"], **encoded._asdict())
+    output = model.denoise(given_inputs["x"], given_inputs["timesteps"], **encoded._asdict())
     assert torch.equal(output, model(**given_inputs))
 
 
@@ -363,7 +363,7 @@ def first_input(model: Glide, **conditions: Any) -> Tensor:
 def test_the_inputs_are_noised_image_known_pixels_mask_and_enlarged_image() -> None:
     image, low_res = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 8, 8)
     mask = (torch.rand(2, 1, 16, 16) < 0.5).float()
-    x, known = inputs()["x_BCHW"], image * mask
+    x, known = inputs()["x"], image * mask
     enlarged = nn.functional.interpolate(low_res, (16, 16), mode="bilinear", align_corners=False)
     painting = {"inpaint_image": image, "inpaint_mask": mask}
 
@@ -445,10 +445,10 @@ def test_surgery_needs_a_parent_of_that_kind_and_works_without_values() -> None:
         ({}, {"mask": torch.ones(2, 5) > 0}, r"mask: expected shape \[2, 6\], found \[2, 5\]"),
         (
             {},
-            {"x_BCHW": torch.zeros(2, 3, 15, 16)},
+            {"x": torch.zeros(2, 3, 15, 16)},
             r"x: expected shape .* sides divisible by 2, found \[2, 3, 15, 16\]",
         ),
-        ({}, {"x_BCHW": torch.zeros(2, 6, 16, 16)}, r"x: expected shape \[B, 3, H, W\]"),
+        ({}, {"x": torch.zeros(2, 6, 16, 16)}, r"x: expected shape \[B, 3, H, W\]"),
         ({}, {"low_res": torch.zeros(2, 3, 8, 8)}, "low_res: expected none"),
         ({}, {"inpaint_mask": torch.zeros(2, 1, 16, 16)}, "expected none .model.inpaint is false., found a tensor"),
         ({"low_resolution": 8}, {}, r"low_res: expected \[2, 3, 8, 8\], found none"),

@@ -85,8 +85,8 @@ class Glide(nn.Module):
 
     def forward(
         self,
-        x_BCHW: Tensor,
-        timesteps_B: Tensor,
+        x: Tensor,
+        timesteps: Tensor,
         *,
         tokens: Tensor,
         mask: Tensor,
@@ -95,9 +95,9 @@ class Glide(nn.Module):
         inpaint_image: Tensor | None = None,
         inpaint_mask: Tensor | None = None,
     ) -> Tensor:
-        """Prediction (channels 0..2) and, if learned, variance position (3..5) at `x_BCHW`: [B, 3 or 6, H, W] float32.
+        """Prediction (channels 0..2) and, if learned, variance position (3..5) at `x`: [B, 3 or 6, H, W] float32.
 
-        `x_BCHW` [B, 3, H, W] in [-1, 1] plus noise, H = W = image_size in training; `timesteps_B` on the original scale
+        `x` [B, 3, H, W] in [-1, 1] plus noise, H = W = image_size in training; `timesteps` on the original scale
         of training, 0..999, also under a respaced sampler; `tokens` int64 and `mask` bool [B, text_context], True where
         a token counts (an empty caption is all False); captions of another length are the caller's to cut or pad.
 
@@ -110,8 +110,8 @@ class Glide(nn.Module):
         """
         text = self.encode_text(tokens, mask)
         return self.denoise(
-            x_BCHW,
-            timesteps_B,
+            x,
+            timesteps,
             projection_BE=text.projection_BE,
             context_BLD=text.context_BLD,
             low_res=low_res,
@@ -137,8 +137,8 @@ class Glide(nn.Module):
 
     def denoise(
         self,
-        x_BCHW: Tensor,
-        timesteps_B: Tensor,
+        x: Tensor,
+        timesteps: Tensor,
         *,
         projection_BE: Tensor,
         context_BLD: Tensor,
@@ -148,10 +148,10 @@ class Glide(nn.Module):
         inpaint_mask: Tensor | None = None,
     ) -> Tensor:
         """`forward` for an encoded caption."""
-        waves_BC = timestep_embedding(timesteps_B, self.config.channels)
+        waves_BC = timestep_embedding(timesteps, self.config.channels)
         embedding_BE = self.time_embed(waves_BC.to(self.dtype)) + projection_BE
         embedding_BE = self._add_level(embedding_BE, low_res_level)
-        h_BCHW = self._join(x_BCHW, low_res, inpaint_image, inpaint_mask).to(self.dtype)
+        h_BCHW = self._join(x, low_res, inpaint_image, inpaint_mask).to(self.dtype)
         if h_BCHW.device.type == "cpu":
             # A fifth faster in sampling (attention reads pixels without a copy). On a GPU torch's group norm undoes it.
             h_BCHW = h_BCHW.contiguous(memory_format=torch.channels_last)
@@ -176,21 +176,21 @@ class Glide(nn.Module):
         return embedding_BE + self.low_res_level_embed(waves_BC.to(self.dtype))
 
     def _join(
-        self, x_BCHW: Tensor, low_res: Tensor | None, inpaint_image: Tensor | None, inpaint_mask: Tensor | None
+        self, x: Tensor, low_res: Tensor | None, inpaint_image: Tensor | None, inpaint_mask: Tensor | None
     ) -> Tensor:
         """What the first convolution reads: [x, known pixels, mask, enlarged], each where this model has it."""
         divisor = 2 ** (len(self.config.channel_mult) - 1)
-        fits = x_BCHW.ndim == 4 and x_BCHW.shape[1] == IMAGE_CHANNELS
-        if not fits or x_BCHW.shape[2] % divisor or x_BCHW.shape[3] % divisor:
+        fits = x.ndim == 4 and x.shape[1] == IMAGE_CHANNELS
+        if not fits or x.shape[2] % divisor or x.shape[3] % divisor:
             expected = f"[B, {IMAGE_CHANNELS}, H, W] with sides divisible by {divisor}"
-            raise ValueError(f"x: expected shape {expected}, found {list(x_BCHW.shape)}")
-        joined = [x_BCHW]
+            raise ValueError(f"x: expected shape {expected}, found {list(x.shape)}")
+        joined = [x]
         if self.config.inpaint:
-            joined += known_pixels(x_BCHW, inpaint_image, inpaint_mask)
+            joined += known_pixels(x, inpaint_image, inpaint_mask)
         elif inpaint_image is not None or inpaint_mask is not None:
             raise ValueError("inpaint_image and inpaint_mask: expected none (model.inpaint is false), found a tensor")
         if self.config.low_resolution is not None:
-            joined.append(enlarged(x_BCHW, low_res, self.config.low_resolution))
+            joined.append(enlarged(x, low_res, self.config.low_resolution))
         elif low_res is not None:
             raise ValueError("low_res: expected none (this is no upsampler), found a tensor")
         return torch.cat(joined, dim=1)
@@ -216,8 +216,8 @@ class Glide(nn.Module):
         """Made-up keywords of `forward`, of the sizes of training; `glidepath plan` counts with them."""
         size, length, low = self.config.image_size, self.config.text_context, self.config.low_resolution
         inputs = {
-            "x_BCHW": torch.randn(batch, IMAGE_CHANNELS, size, size),
-            "timesteps_B": torch.randint(1000, (batch,)),
+            "x": torch.randn(batch, IMAGE_CHANNELS, size, size),
+            "timesteps": torch.randint(1000, (batch,)),
             "tokens": torch.randint(VOCABULARY, (batch, length)),
             "mask": torch.arange(length).expand(batch, -1) < length // 2,
         }
@@ -231,23 +231,23 @@ class Glide(nn.Module):
         return inputs
 
 
-def known_pixels(x_BCHW: Tensor, image: Tensor | None, mask: Tensor | None) -> list[Tensor]:
+def known_pixels(x: Tensor, image: Tensor | None, mask: Tensor | None) -> list[Tensor]:
     """[image · mask, mask] for a noised image. The product is taken here, so that erased pixels never matter."""
-    batch, _, height, width = x_BCHW.shape
+    batch, _, height, width = x.shape
     if image is None:
-        image = torch.zeros_like(x_BCHW)
+        image = torch.zeros_like(x)
     if mask is None:
-        mask = torch.zeros_like(x_BCHW[:, :1])
+        mask = torch.zeros_like(x[:, :1])
     expect_shape("inpaint_image", image, (batch, IMAGE_CHANNELS, height, width))
     expect_shape("inpaint_mask", mask, (batch, 1, height, width))
-    mask = mask.to(x_BCHW.dtype)
+    mask = mask.to(x.dtype)
     return [image * mask, mask]
 
 
-def enlarged(x_BCHW: Tensor, low_res: Tensor | None, usual_side: int) -> Tensor:
+def enlarged(x: Tensor, low_res: Tensor | None, usual_side: int) -> Tensor:
     """`low_res` at the size of the noised image. The paper says bicubic (section 2.1); the released code and weights
     are bilinear."""
-    batch, _, height, width = x_BCHW.shape
+    batch, _, height, width = x.shape
     if low_res is None:
         raise ValueError(f"low_res: expected [{batch}, {IMAGE_CHANNELS}, {usual_side}, {usual_side}], found none")
     fits = low_res.ndim == 4 and low_res.shape[:2] == (batch, IMAGE_CHANNELS)

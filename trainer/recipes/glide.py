@@ -159,9 +159,10 @@ def reduced_masks(masks: NDArray[np.bool_], images: Pixels, side: int) -> Tensor
 
 
 def caption_tensors(tokens: NDArray[np.uint16], n_tokens: NDArray[np.integer], context: int) -> dict[str, Tensor]:
-    """The network's caption keywords from a dataset's token columns; captions longer than `context` are cut."""
+    """The network's caption keywords from token columns, cut or padded to `context`; what pads is masked."""
+    cut = tokens[:, :context].astype(np.int64)
     return {
-        "tokens": torch.from_numpy(tokens[:, :context].astype(np.int64)),
+        "tokens": torch.from_numpy(np.pad(cut, ((0, 0), (0, context - cut.shape[1])))),
         "mask": torch.from_numpy(mask_of(n_tokens, context)),
     }
 
@@ -269,7 +270,8 @@ class GlideRecipe(Recipe):
 
     def conditions(self, prompts: Sequence[str], given: Given) -> Batch:
         side, low = self.config.model.image_size, self.config.model.low_resolution
-        conditions = caption_tensors(*encode_batch(prompts), self.config.model.text_context)
+        context = self.config.model.text_context
+        conditions = caption_tensors(*encode_batch(prompts, context), context)
         if low is not None:
             if given.low_res is None:
                 raise ValueError("an upsampler needs the pictures to enlarge")
