@@ -18,7 +18,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib
 import numpy as np
@@ -36,11 +36,12 @@ from data_pipeline.shards import Dataset, open_dataset
 from trainer.clip_guide import ClipGuide
 from trainer.config import SamplingSettings
 from trainer.evaluation.heldout import first_rows
-from trainer.evaluation.retrieval import retrieval_accuracy
+from trainer.evaluation.retrieval import Captions, heldout_retrieval
+from trainer.models.noised_clip import NoisedClip
 from trainer.pictures import grid
 from trainer.recipes import parse_train_config
 from trainer.recipes.glide import GlideRecipe, keywords
-from trainer.recipes.noised_clip import NoisedClipRecipe
+from trainer.recipes.noised_clip import PART, NoisedClipRecipe
 from trainer.recipes.recipe import Batch
 from trainer.sampling import Sampler, draw_images
 from trainer.tracking.jsonl import read_curves, read_events
@@ -92,7 +93,7 @@ def main() -> None:
 
 
 def built(corpus: Path, home: Path, share: str) -> str:
-    """The dataset of a share of the corpus; for training a row for each caption of a picture, else its first."""
+    """The dataset of a share of the corpus, a row for each caption of a picture."""
     inputs = home / f"{share}.tar"
     if not inputs.exists():
         home.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def built(corpus: Path, home: Path, share: str) -> str:
             for number, (jpeg, captions) in enumerate(read_pictures(corpus)):
                 if (number % HELD_OUT_EVERY == 0) != (share == "heldout"):
                     continue
-                for which, caption in enumerate(captions if share == "train" else captions[:1]):
+                for which, caption in enumerate(captions):
                     for suffix, data in (("jpg", jpeg), ("txt", caption.encode())):
                         info = tarfile.TarInfo(f"{number:06d}-{which}.{suffix}")
                         info.size = len(data)
@@ -201,20 +202,16 @@ def inpainting(trained: Trained, dataset: Dataset) -> dict[str, float]:
 
 
 def retrieval(trained: Trained, dataset: Dataset) -> dict[str, Any]:
-    """Top-1 among 100 held-out pairs, as the mean over both hundreds, at several noise levels."""
-    recipe = trained.recipe
-    assert isinstance(recipe, NoisedClipRecipe)
-    batch, _ = heldout_batch(trained, dataset, 200)
-    found = {}
-    for timestep in (0, 100, 250, 500):
-        at = {**batch, "timesteps": torch.full_like(batch["timesteps"], timestep)}
-        with torch.no_grad():
-            images, captions = recipe.directions(trained.modules, at)
-        hundreds = [
-            retrieval_accuracy(images[begin : begin + WAYS], captions[begin : begin + WAYS]) for begin in (0, WAYS)
-        ]
-        found[f"t={timestep}"] = {key: float(np.mean([h[key] for h in hundreds])) for key in hundreds[0]}
-    return found
+    """Top-1 among 100 held-out pictures at several noise levels: with the first caption of each, and with all five."""
+    recipe, model = trained.recipe, trained.modules[PART]
+    assert isinstance(recipe, NoisedClipRecipe) and isinstance(model, NoisedClip)
+    rows, kinds = dataset.rows, get_args(Captions)
+    return {
+        f"t={timestep}": {
+            captions: heldout_retrieval(recipe, model, dataset, timestep, rows, WAYS, captions) for captions in kinds
+        }
+        for timestep in (0, 100, 250, 500)
+    }
 
 
 def clip_guidance(trained: dict[str, Trained], dataset: Dataset) -> dict[str, Any]:

@@ -67,12 +67,15 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(
 
 
 def test_weights_of_another_kind_and_a_full_folder_are_refused(
-    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = str(tmp_path / "runs" / "released")
     command(capsys, "import", str(released), "--kind", "base", "--out", store, "--arguments", json.dumps(TINY))
     export = ["checkpoints", "export", "released", "--out"]
     code, document = command(capsys, *export, str(tmp_path / "out"), "--weights", "best")
     assert (code, "expected ema or master" in document["error"]) == (2, True)
-    code, document = command(capsys, *export, str(tmp_path))
-    assert (code, "expected none, or an empty one" in document["error"]) == (1, True)
+    monkeypatch.chdir(tmp_path)
+    for full in (str(tmp_path), ".", "runs/.."):
+        code, document = command(capsys, *export, full)
+        assert (code, "expected none, or an empty one" in document["error"]) == (1, True)
+        assert "\n" not in document["error"]

@@ -137,6 +137,6 @@ def test_the_upsampler_trains_and_both_recipes_draw_grids_of_held_out_rows(
         "upsampler", images=32, recipe="glide_upsampler", model=model, heldout=heldout, samples=samples
     )
     result = run(values, workers=2)
-    assert set(result["heldout"]["last"]) == {"total", "mse", "vb"}
+    assert set(result["heldout"]["last"]) == {"total", "mse", "vb", "q0", "q1", "q2", "q3"}
     assert result["heldout"]["last"]["mse"] < result["heldout"]["first"]["mse"]
     assert Path(result["samples"]).is_file()

@@ -23,7 +23,8 @@ from trainer.evaluation.retrieval import _by_picture, heldout_retrieval, retriev
 from trainer.models.noised_clip import NoisedClip
 from trainer.recipes.contrastive import contrast, pair_losses, unit
 from trainer.recipes.noised_clip import NoisedClipRecipe
-from trainer.step import seed_dropout, train_step
+from trainer.recipes.recipe import seed_dropout
+from trainer.step import train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contrastive_case import MODEL, config_of, share_of, trainee_of
@@ -104,7 +105,7 @@ def test_two_passes_give_the_gradient_of_the_whole_batch_with_dropout_and_noise(
 
     kept = []  # one graph over all micro batches, each with its own dropout
     for micro in share:
-        seed_dropout(trainee, micro)
+        seed_dropout(micro, trainee.group.rank)
         kept.append(recipe.directions(trainee.modules, micro.batch))
     images, captions = (torch.cat(side) for side in zip(*kept, strict=True))
     right = torch.arange(5)

@@ -19,10 +19,11 @@ from trainer.checkpoint.manifest import committed, read_manifest
 from trainer.config import SamplingSettings
 from trainer.interop.arguments import KINDS, Kind, glide_arguments, read_arguments
 from trainer.interop.export import export_checkpoint
-from trainer.interop.importer import import_release, read_json, sha256_of
+from trainer.interop.importer import import_release, read_json, recorded_config, sha256_of
 from trainer.interop.openai import CLIP_FILES, build_network, load_release, release_states
 from trainer.models.config import GlideModelConfig
 from trainer.models.glide import Glide, parameter_counts
+from trainer.models.noised_clip import NoisedClip
 from trainer.models.surgery import inpaint_surgery
 from trainer.recipes import parse_train_config
 from trainer.sampling import draw_images
@@ -55,6 +56,15 @@ TINY_CLIP = {
 }
 
 
+RELEASED_NAMES: dict[Kind, tuple[str, ...]] = {  # glide_text2im/download.py
+    "base": ("base.pt",),
+    "upsample": ("upsample.pt",),
+    "base-inpaint": ("base_inpaint.pt",),
+    "upsample-inpaint": ("upsample_inpaint.pt",),
+    "clip": ("clip_image_enc.pt", "clip_text_enc.pt"),
+}
+
+
 def tiny_arguments(kind: Kind) -> dict[str, Any]:
     if kind == "clip":
         return TINY_CLIP
@@ -76,7 +86,14 @@ def release_file(kind: Kind, folder: Path) -> tuple[Path, dict[str, dict[str, Te
     states = release_states(kind, tiny_network(kind))
     for name, state in states.items():
         torch.save(state, folder / name)
-    return (folder if kind == "clip" else folder / f"{kind}.pt"), states
+    return (folder if kind == "clip" else folder / next(iter(states))), states
+
+
+def imported_base(folder: Path) -> str:
+    """The store of a tiny imported base model."""
+    path, _ = release_file("base", folder / "release")
+    import_release("base", tiny_arguments("base"), path, str(folder / "run"))
+    return str(folder / "run")
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -104,6 +121,27 @@ def test_a_released_file_loads_as_float32_in_evaluation_mode(kind: Kind, tmp_pat
     assert_equal(module.state_dict(), joined(states))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_network_is_called_by_the_public_names(kind: Kind, tmp_path: Path) -> None:
+    path, _ = release_file(kind, tmp_path)
+    module = load_release(kind, tiny_arguments(kind), path)
+    x, timesteps = torch.zeros(2, 3, 16, 16), torch.tensor([0, 999])
+    with torch.no_grad():
+        if isinstance(module, NoisedClip):
+            image = module.encode_image(x=x, timesteps=timesteps)
+            text = module.encode_text(tokens=torch.zeros(2, 77, dtype=torch.int64), lengths=torch.tensor([2, 77]))
+            assert image.shape == text.shape == (2, 8)
+            return
+        given: dict[str, Tensor] = {"tokens": torch.zeros(2, 12, dtype=torch.int64), "mask": torch.ones(2, 12) > 0}
+        if kind.startswith("upsample"):
+            given["low_res"] = torch.zeros(2, 3, 4, 4)
+        if kind.endswith("-inpaint"):
+            given |= {"inpaint_image": x, "inpaint_mask": torch.ones(2, 1, 16, 16)}
+        output = module(x=x, timesteps=timesteps, **given)
+    assert output.shape == (2, 6, 16, 16)
+    assert not torch.equal(output[0], output[1])  # the timesteps are read
+
+
 def test_half_precision_becomes_float32_and_the_file_is_let_go(tmp_path: Path) -> None:
     state = {name: values.half() for name, values in release_states("base", tiny_network("base"))["base.pt"].items()}
     torch.save(state, tmp_path / "half.pt")
@@ -116,8 +154,16 @@ def test_a_noised_clip_is_found_by_folder_by_either_file_and_in_one_file(tmp_pat
     folder, states = release_file("clip", tmp_path)
     expected = joined(states)
     torch.save(expected, tmp_path / "both.pt")
-    for path in (folder, folder / "clip_image_enc.pt", folder / "clip_text_enc.pt", tmp_path / "both.pt"):
-        assert_equal(load("clip", path), expected)
+    encoders = {prefix.removesuffix("."): states[name] for prefix, name in CLIP_FILES.items()}
+    torch.save(encoders, tmp_path / "encoders.pt")
+    for name in ("", "clip_image_enc.pt", "clip_text_enc.pt", "both.pt", "encoders.pt"):
+        assert_equal(load("clip", folder / name), expected)
+    import_release("clip", TINY_CLIP, tmp_path / "encoders.pt", str(tmp_path / "run"))
+    assert_equal(load_trained(str(tmp_path / "run")).modules["clip"].state_dict(), expected)
+
+    torch.save({"image_encoder": encoders["image_encoder"]}, tmp_path / "half.pt")
+    with pytest.raises(UserError, match=r"half\.pt: text_encoder\.[a-z_.0-9]+: expected shape \[.*\], found none"):
+        load("clip", tmp_path / "half.pt")
     (folder / "clip_text_enc.pt").unlink()
     with pytest.raises(UserError, match=r"clip_text_enc\.pt: expected a released file, found none"):
         load("clip", folder / "clip_image_enc.pt")
@@ -254,6 +300,11 @@ def test_public_arguments_and_our_configuration_say_the_same_network(change: dic
     [
         ({"norm_groups": 8}, "cosine", "model.norm_groups is 8, and the public code has 32"),
         ({"learned_variance": False}, "cosine", "model.learned_variance is False"),
+        (
+            {"low_resolution": 4, "low_res_level": True},
+            "cosine",
+            "model.low_res_level is True, and the public code has",
+        ),
         ({"channel_mult": (1, 2, 2), "image_size": 64}, "cosine", "only as many levels as lead to 8 px"),
         ({}, "sqrt_linear", "diffusion.schedule is sqrt_linear"),
     ],
@@ -276,13 +327,13 @@ def test_import_followed_by_export_gives_back_equal_tensors_and_names(kind: Kind
     assert exported["kind"] == kind
 
     release = Path(exported["release"])
-    assert {file.name for file in release.iterdir()} == {*states, "arguments.json"}
+    assert {file.name for file in release.iterdir()} == {*RELEASED_NAMES[kind], "arguments.json"}
     for name, state in states.items():
         assert_equal(torch.load(release / name, weights_only=True), state)
     assert_equal(load_file(tmp_path / "export" / "model.safetensors"), joined(states))
     arguments = json.loads((release / "arguments.json").read_text())
     assert arguments.items() >= tiny_arguments(kind).items()
-    again = load_release(kind, arguments, release if kind == "clip" else release / f"{kind}.pt")
+    again = load_release(kind, arguments, release if kind == "clip" else release / RELEASED_NAMES[kind][0])
     assert_equal(again.state_dict(), joined(states))
 
     for file, digest in exported["files"].items():
@@ -291,6 +342,7 @@ def test_import_followed_by_export_gives_back_equal_tensors_and_names(kind: Kind
     assert "Licence of the data | CC0 |" in card
     assert f"| {exported['parameters']:,} |" in card
     assert all(digest in card for digest in imported["sha256"].values())
+    assert all(f"release/{name}" in card for name in RELEASED_NAMES[kind])
 
 
 @pytest.mark.skipif(
@@ -357,16 +409,80 @@ def test_a_failed_import_or_export_leaves_nothing(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-4])
     with pytest.raises(UserError, match="bytes that verify"):
         export_checkpoint(str(tmp_path / "run"), tmp_path / "export")
-    assert not (tmp_path / "export").exists() and not (tmp_path / "export.partial").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="bytes that verify"):
+        export_checkpoint(str(tmp_path / "run"), tmp_path / "empty")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"release", "run", "full", "empty"}
+    assert not any((tmp_path / "empty").iterdir())
+
+
+def test_an_export_removes_nothing_that_it_did_not_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = imported_base(tmp_path)
+    kept = tmp_path / "export.partial" / "of somebody else"
+    kept.parent.mkdir()
+    kept.touch()
+    export_checkpoint(store, tmp_path / "export")
+    assert (tmp_path / "export").stat().st_mode == kept.parent.stat().st_mode  # open to others as a folder is usually
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.interop.export._write_json", full_disk)
+    (tmp_path / "empty").mkdir()
+    for name in ("another", "empty"):
+        with pytest.raises(OSError, match="No space left"):
+            export_checkpoint(store, tmp_path / name)
+    assert not any((tmp_path / "empty").iterdir())
+    assert {entry.name for entry in tmp_path.iterdir()} == {"release", "run", "export", "export.partial", "empty"}
+    assert kept.exists()
+
+
+def test_an_export_fills_the_empty_folder_one_stands_in_and_refuses_one_with_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = imported_base(tmp_path)
+    standing = tmp_path / "here"
+    standing.mkdir()
+    inode = standing.stat().st_ino
+    monkeypatch.chdir(standing)
+    exported = export_checkpoint(store, Path())
+    assert exported["folder"] == str(standing.resolve())
+    assert standing.stat().st_ino == inode  # a shell in it is not left in a folder that is gone
+    assert {entry.name for entry in standing.iterdir()} == {"README.md", "config.json", "model.safetensors", "release"}
+    for file, digest in exported["files"].items():
+        assert sha256_of(standing / file) == digest
+    for folder in (".", "..", "config.json"):
+        with pytest.raises(UserError, match="expected none, or an empty one, found one with files"):
+            export_checkpoint(store, Path(folder))
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_imported_configuration_draws_in_at_most_the_steps_of_its_process(kind: Kind) -> None:
+    count = "n_timesteps" if kind == "clip" else "diffusion_steps"
+    for steps, spacing in ((4, "4"), (1000, "50")):
+        arguments = read_arguments(kind, {**tiny_arguments(kind), count: steps})
+        config = recorded_config(kind, arguments, "run")
+        assert config.model_dump()["diffusion"]["steps"] == steps
+        assert config.samples.sampling.spacing == spacing
+        if kind != "clip":  # only the base models were trained with empty captions
+            assert config.samples.sampling.guidance_scale == (3.0 if kind.startswith("base") else 1.0)
+
+
+def test_a_release_of_a_short_process_is_imported_and_drawn_from(tmp_path: Path) -> None:
+    path, _ = release_file("base", tmp_path / "release")
+    imported = import_release("base", {**tiny_arguments("base"), "diffusion_steps": 4}, path, str(tmp_path / "run"))
+    trained = load_trained(imported["checkpoint"])
+    pictures = draw_images(trained.recipe, trained.modules, ["a corgi"], trained.config.samples.sampling, seed=0)
+    assert pictures.shape == (1, 16, 16, 3)
 
 
 def test_a_network_that_the_public_code_has_not_is_exported_without_its_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, _ = release_file("base", tmp_path / "release")
-    import_release("base", tiny_arguments("base"), path, str(tmp_path / "run"))
+    store = imported_base(tmp_path)
     monkeypatch.setattr("trainer.interop.arguments.PUBLIC_NORM_GROUPS", 16)
-    exported = export_checkpoint(str(tmp_path / "run"), tmp_path / "export")
+    exported = export_checkpoint(store, tmp_path / "export")
     assert exported["release"] is None
     assert not (tmp_path / "export" / "release").exists()
     assert "model.norm_groups is 32" in exported["why_not"]
