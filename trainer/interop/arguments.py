@@ -180,6 +180,7 @@ def glide_arguments(model: GlideModelConfig, dropout: float, schedule: str, step
     for name, ours, theirs in (
         ("norm_groups", model.norm_groups, PUBLIC_NORM_GROUPS),
         ("learned_variance", model.learned_variance, True),
+        ("low_res_level", model.low_res_level, False),
     ):
         if ours != theirs:
             raise ValueError(f"model.{name} is {ours}, and the public code has {theirs} always")

@@ -1,17 +1,18 @@
 """A checkpoint as files for other programs: safetensors with its configuration and a model card, and the release's
 layout, which the public GLIDE code loads.
 
-Always holds: the weights are those of verified blocks, float32; the folder appears whole or not at all; the release's
-layout is written only for a network that the public code computes alike, and else the card says why it is absent.
-Called by `glidepath checkpoints export`.
+Always holds: the weights are those of verified blocks, float32; a new folder appears whole or not at all, an empty one
+that was there is filled, the card last; nothing that was there before is touched; the release's layout is written only
+for a network that the public code computes alike, and else the card says why it is absent. Called by
+`glidepath checkpoints export`.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from data_pipeline.errors import UserError
 from trainer.config import TrainConfig
 from trainer.interop.arguments import Kind, clip_arguments, glide_arguments, kind_of
 from trainer.interop.importer import part_of, sha256_of
-from trainer.interop.openai import release_states
+from trainer.interop.openai import release_file_name, release_states
 from trainer.weights import Checkpoint, WeightsKind, load_trained, open_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -43,29 +44,34 @@ class Release:
 
 
 def export_checkpoint(uri: str, folder: Path, weights: WeightsKind = "ema", licence: str = "unknown") -> dict[str, Any]:
-    """Write the model of a checkpoint, or of a run's newest, into a new `folder`. `licence`: of the training data.
+    """Write the model of a checkpoint, or of a run's newest, into `folder`: a new or an empty one. `licence`: of the
+    training data.
 
-    Returns {"checkpoint", "folder", "files" {path: sha256}, "parameters", "kind", "release": path or null, "why_not"}.
-    Raises UserError if the folder holds something already, or the checkpoint does not load.
+    Returns {"checkpoint", "folder": absolute, "files" {path: sha256}, "parameters", "kind", "release": path or null,
+    "why_not"}. Raises UserError if the folder holds something already or the checkpoint does not load, OSError if the
+    folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = folder.resolve()  # `.` and `..` have no name and no place beside them
+    new = not folder.exists()
+    if not new and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"folder {folder}", "none, or an empty one", "one with files", "give another --out")
     checkpoint = open_checkpoint(uri)
     part = part_of(checkpoint.config)
     module = load_trained(checkpoint.uri, weights).modules[part]
     release = release_of(checkpoint.config)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
-    partial.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # On the file system of `folder`, so that all is renamed into place, and under a name of its own: whatever else lies
+    # there is not ours to remove.
+    with TemporaryDirectory(prefix=".glidepath-export-", dir=folder.parent if new else folder) as private:
+        partial = Path(private) / "export"
+        partial.mkdir()  # with the usual permissions; the private folder is closed to others
         files = _write_files(partial, module, checkpoint.config, release)
         card = model_card(checkpoint, module, release, weights, licence, files)
         (partial / CARD).write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if new:
+            partial.rename(folder)
+        else:
+            _fill(folder, partial)
     return {
         "checkpoint": checkpoint.uri,
         "folder": str(folder),
@@ -75,6 +81,13 @@ def export_checkpoint(uri: str, folder: Path, weights: WeightsKind = "ema", lice
         "release": str(folder / RELEASE) if release.arguments is not None else None,
         "why_not": release.why_not,
     }
+
+
+def _fill(folder: Path, partial: Path) -> None:
+    """Rename what was written into a folder that was there: replacing it would take it from whoever stands in it
+    (`--out .`) or mounted it."""
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == CARD):
+        entry.rename(folder / entry.name)
 
 
 def release_of(config: TrainConfig) -> Release:
@@ -196,7 +209,7 @@ import torch
 from glide_text2im.model_creation import create_model_and_diffusion
 
 model, diffusion = create_model_and_diffusion(**json.load(open("{RELEASE}/{ARGUMENTS}")))
-model.load_state_dict(torch.load("{RELEASE}/{release.kind}.pt", weights_only=True), strict=True)
+model.load_state_dict(torch.load("{RELEASE}/{release_file_name(release.kind)}", weights_only=True), strict=True)
 ```
 
 """

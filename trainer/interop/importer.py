@@ -37,6 +37,7 @@ RECIPE_OF: dict[Kind, str] = {
     "clip": "noised_clip",
 }
 UNKNOWN = "unknown"  # what the release was trained on
+GRID_STEPS = 50  # of sampling, or all that the release's process has
 
 
 def import_release(kind: Kind, arguments: Mapping[str, Any], path: Path, out: str) -> dict[str, Any]:
@@ -92,15 +93,20 @@ def recorded_config(kind: Kind, arguments: GlideArguments | ClipArguments, out: 
         "lr": 1e-4,
         "model": arguments.model().model_dump(mode="json"),
     }
+    sampling: dict[str, Any] = {}
     if isinstance(arguments, GlideArguments):
         schedule, steps = arguments.noise_schedule, arguments.diffusion_steps
         values["dropout"] = arguments.dropout
         if kind in ("base", "base-inpaint"):
             values["caption_dropout"] = 0.2  # both were trained for guidance (GLIDE, appendix B.1)
+        else:
+            sampling["guidance_scale"] = 1.0  # no caption was ever empty
     else:
         schedule, steps = arguments.beta_schedule, arguments.n_timesteps
         values["logit_scale"] = arguments.logit_scale
     values["diffusion"] = {"schedule": SCHEDULES[schedule], "steps": steps}
+    sampling["spacing"] = str(min(GRID_STEPS, steps))
+    values["samples"] = {"sampling": sampling}
     return parse_train_config(values, f"import of {kind}")
 
 

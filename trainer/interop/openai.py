@@ -29,7 +29,8 @@ def load_release(kind: Kind, arguments: Mapping[str, Any], path: str | Path) -> 
 
     `kind`: base, upsample, base-inpaint, upsample-inpaint or clip. `arguments`: the release's constructor arguments;
     those left out are the released file's. `path`: the state dict; for clip the folder of its two files, one of them
-    (the other lies beside it), or one file whose keys begin with image_encoder. and text_encoder. instead.
+    (the other lies beside it), or one file of both: {"image_encoder": state dict, "text_encoder": state dict}, or one
+    state dict whose keys begin with image_encoder. and text_encoder. instead.
 
     Raises UsageError for arguments that are unknown or not computed here, UserError if a file is absent, is no state
     dict of tensors, or one of its keys does not fit: the line names the key and both shapes.
@@ -85,11 +86,21 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         raise _unreadable(file, next(iter(str(error).splitlines()), type(error).__name__)) from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{file}", "a state dict", type(state).__name__, "give the file of the weights alone")
+    state = _joined(state)
     for name, values in state.items():
         if not isinstance(name, str) or not isinstance(values, Tensor) or not values.is_floating_point():
             found = f"{values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
             raise UserError(f"{file}: {name}", "a tensor of weights", found, "give the file of the weights alone")
     return state
+
+
+def _joined(document: dict[Any, Any]) -> dict[Any, Any]:
+    """A noised CLIP in one file, {"image_encoder": state dict, "text_encoder": state dict}, under our keys."""
+    joined = dict(document)
+    for prefix in CLIP_FILES:
+        if isinstance(document.get(encoder := prefix.removesuffix(".")), dict):
+            joined |= {f"{prefix}{name}": values for name, values in joined.pop(encoder).items()}
+    return joined
 
 
 def _unreadable(file: Path, found: str) -> UserError:
@@ -110,11 +121,16 @@ def refuse_misfit(source: str, expected: Mapping[str, torch.Size], state: Mappin
         )
 
 
+def release_file_name(kind: Kind) -> str:
+    """What the release calls the file of a U-Net: base.pt, upsample.pt, base_inpaint.pt, upsample_inpaint.pt."""
+    return f"{kind.replace('-', '_')}.pt"
+
+
 def release_states(kind: Kind, module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """{file name: state dict} of a network in the release's layout, float32."""
     state = {name: values.detach().float().contiguous() for name, values in module.state_dict().items()}
     if kind != "clip":
-        return {f"{kind}.pt": state}
+        return {release_file_name(kind): state}
     return {
         file: {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
         for prefix, file in CLIP_FILES.items()
