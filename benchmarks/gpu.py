@@ -3,12 +3,15 @@
     python -m benchmarks.gpu --size base|upsampler [--gpu h200] [--budget-s 450] [--out FILE]
     python -m benchmarks.gpu --device cpu --size tiny        # proves the script where there is no GPU
 
-Rungs: eager (`plain_glide`, bf16 autocast, AdamW without fused kernels), channels-last, SDPA (Glidepath's network),
-fused (Glidepath's engine), compile (each stage and text block), then larger micro batches. Each rung has images/s, MFU
-of the model's counted FLOPs (nothing that is computed twice counts) and peak memory beside the plan's estimate.
+Rungs: eager (`plain_glide`, bf16 autocast, AdamW with foreach=False), channels-last, SDPA (Glidepath's network, the
+same AdamW), fused (Glidepath's engine: one fused AdamW on flat state), compile (each stage and text block), then larger
+micro batches. Each rung has images/s, MFU of the model's counted FLOPs (nothing that is computed twice counts), peak
+memory beside the plan's estimate, and the loss of its first step: all start from the same weights, none of them zero,
+on the same batch without dropout, so rungs of equal micro batch must agree.
 
-Needs torch, numpy, pydantic and pyyaml only. A rung starts only while its predecessor's time still fits into the
-budget; the json is written after every rung, so that what was measured stays whatever ends the run.
+Needs torch, numpy, pydantic and pyyaml only. A rung starts only while the longest before it would still fit into the
+budget, a compiled one while 2.5 times that would; the json is written after every rung, so that what was measured stays
+whatever ends the run.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.measuring import RESULTS, machine
+from benchmarks.measuring import RESULTS, filled_glide, machine
 from benchmarks.plain_glide import PlainTrainer, plain
-from benchmarks.train_step import DECAY, LR, Work, make_work
+from benchmarks.train_step import DECAY, LR, TOLERANCE, Work, make_work
 from trainer.config import TrainConfig
 from trainer.ema import update_ema
 from trainer.engine.engine import autocast
@@ -57,6 +60,7 @@ TINY = {
 PRESETS = {"base": "glide-base-3.5b", "upsampler": "glide-upsampler-1.5b"}
 FIRST_MICRO_BATCH = {"base": 8, "upsampler": 2, "tiny": 2}
 TIMED_STEPS, WARM_STEPS = 5, 2
+COMPILING = 2.5  # a compiled rung takes at most so many times the longest before it
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Bench:
         values = TINY if size == "tiny" else yaml.safe_load((CONFIGS / f"{PRESETS[size]}.yaml").read_text())["model"]
         self.config = GlideModelConfig(**values)
         self.gpu = GPUS[gpu]
-        self.counted = CountedPart(lambda: Glide(self.config, dropout=0.1), "bf16")
+        self.counted = CountedPart(lambda: Glide(self.config), "bf16")
         self.state = sum(
             state_bytes(parameter_counts(self.counted.module)["total"], Holding(0, 1, "bf16")).gpu.values()
         )
@@ -115,7 +119,8 @@ class Bench:
         self._empty()
         began = time.perf_counter()
         step = self._step(rung)
-        for _ in range(WARM_STEPS):
+        loss = step().item()
+        for _ in range(WARM_STEPS - 1):
             step()
         self._wait()
         ready_s = time.perf_counter() - began
@@ -125,7 +130,8 @@ class Bench:
             step()
             self._wait()
             seconds.append(time.perf_counter() - began)
-        return {**self._figures(rung, sorted(seconds)[len(seconds) // 2]), "ready_s": ready_s, "step_seconds": seconds}
+        figures = self._figures(rung, sorted(seconds)[len(seconds) // 2])
+        return {**figures, "first_loss": loss, "ready_s": ready_s, "step_seconds": seconds}
 
     def _figures(self, rung: Rung, step_s: float) -> dict[str, Any]:
         images_per_s = rung.micro_batch / step_s
@@ -136,6 +142,7 @@ class Bench:
         return {
             "rung": rung.name,
             "micro_batch": rung.micro_batch,
+            "optimizer": "AdamW, fused, flat" if rung.fused else "AdamW, foreach=False",
             "images_per_s": images_per_s,
             "mfu": images_per_s * flops / self.gpu.peak("bf16") if on_gpu else None,
             "peak_bytes": peak,
@@ -143,11 +150,10 @@ class Bench:
             "plan_error": None if peak is None else expected / peak - 1,
         }
 
-    def _step(self, rung: Rung) -> Callable[[], None]:
-        torch.manual_seed(0)
+    def _step(self, rung: Rung) -> Callable[[], Tensor]:
+        """A step with everything it needs, which returns its loss."""
         with self.device:
-            model: nn.Module = Glide(self.config, dropout=0.1)
-        assert isinstance(model, Glide)
+            model = filled_glide(self.config)
         model.activation_checkpointing = rung.checkpointing
         if rung.compiled:
             # For a CPU, generating code takes minutes; tracing alone shows that every region can be compiled.
@@ -162,29 +168,31 @@ class Bench:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self._unfused_step(network, work)
 
-    def _fused_step(self, model: nn.Module, work: Work) -> Callable[[], None]:
+    def _fused_step(self, model: nn.Module, work: Work) -> Callable[[], Tensor]:
         settings = TrainConfig(
             run="benchmark", recipe="none", dataset="none", images=1, batch=1, lr=LR, model=None, precision="bf16"
         )
         engine = ReplicatedEngine("model", model, settings, Group(device=str(self.device)))
 
-        def step() -> None:
+        def step() -> Tensor:
             with engine.precision_context():
                 loss = work.loss(engine.module)
             engine.backward(loss)
             engine.update(LR, lambda norm: Decision.CONTINUE)
             update_ema(engine.shard_view(), DECAY)
+            return loss.detach()
 
         return step
 
-    def _unfused_step(self, network: nn.Module, work: Work) -> Callable[[], None]:
+    def _unfused_step(self, network: nn.Module, work: Work) -> Callable[[], Tensor]:
         trainer = PlainTrainer(network, LR, DECAY)
 
-        def step() -> None:
+        def step() -> Tensor:
             with autocast("bf16", self.device):
                 loss = work.loss(network)
             loss.backward()
             trainer.update()
+            return loss.detach()
 
         return step
 
@@ -200,8 +208,26 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def _channels_last(values: torch.Tensor) -> torch.Tensor:
+def _channels_last(values: Tensor) -> Tensor:
     return values.contiguous(memory_format=torch.channels_last) if values.ndim == 4 else values
+
+
+def attempt(bench: Bench, rung: Rung) -> dict[str, Any]:
+    """A rung's row. One that does not fit is a result; the next starts from an empty GPU."""
+    try:
+        return bench.measure(rung)
+    except torch.cuda.OutOfMemoryError as error:
+        return {"rung": rung.name, "failed": str(error).splitlines()[0]}
+
+
+def refuse_other_losses(rows: list[dict[str, Any]]) -> None:
+    """Every rung's first loss must be that of the first rung with its micro batch, within bf16's rounding."""
+    losses: dict[int, float] = {}
+    for row in rows:
+        if "first_loss" in row:
+            expected = losses.setdefault(row["micro_batch"], row["first_loss"])
+            error = abs(row["first_loss"] - expected) / abs(expected)
+            assert error < TOLERANCE["bf16"], f"{row['rung']}: the loss {row['first_loss']} is not {expected}"
 
 
 def main() -> None:
@@ -216,24 +242,20 @@ def main() -> None:
     out = arguments.out or RESULTS / f"gpu_{arguments.size}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.size, arguments.device, arguments.gpu)
+    document = {"machine": machine(), "size": arguments.size, "model": bench.config.model_dump(mode="json")}
     rows: list[dict[str, Any]] = []
     longest = 0.0
     for rung in bench.rungs():
         rung_began = time.perf_counter()
-        if rung_began - began + longest > arguments.budget_s:
+        if rung_began - began + longest * (COMPILING if rung.compiled else 1) > arguments.budget_s:
             rows.append({"rung": rung.name, "left_out": "the budget of time is used up"})
-            print(rows[-1], flush=True)
-            continue
-        try:
-            rows.append(bench.measure(rung))
-        except torch.cuda.OutOfMemoryError as error:
-            # A rung that does not fit is a result; the next starts from an empty GPU.
-            rows.append({"rung": rung.name, "failed": str(error).splitlines()[0]})
-        longest = max(longest, time.perf_counter() - rung_began)
+        else:
+            rows.append(attempt(bench, rung))
+            longest = max(longest, time.perf_counter() - rung_began)
         print(json.dumps(rows[-1]), flush=True)
-        document = {"machine": machine(), "size": arguments.size, "model": bench.config.model_dump(mode="json")}
         out.write_text(json.dumps({**document, "rungs": rows}, indent=1) + "\n")
     print(f"written: {out}")
+    refuse_other_losses(rows)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,6 @@ class PlainLayerNorm(nn.LayerNorm):
         return super().forward(x_BLD.float()).to(x_BLD.dtype)
 
 
-def swish(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
-
-
 class PlainAttentionCore(nn.Module):
     """Scores, softmax in float32, mixture: every matrix is made."""
 
@@ -57,13 +53,13 @@ class PlainResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        h_BCHW = swish(self.in_layers[0](x_BCHW))
+        h_BCHW = F.silu(self.in_layers[0](x_BCHW))
         if self.resample is not None:
             h_BCHW, x_BCHW = self.resample(h_BCHW), self.resample(x_BCHW)
         h_BCHW = self.in_layers[2](h_BCHW)
         scale_BC, shift_BC = self.emb_layers(embedding_BE).to(h_BCHW.dtype).chunk(2, dim=1)
         h_BCHW = self.out_layers[0](h_BCHW) * (1 + scale_BC[..., None, None]) + shift_BC[..., None, None]
-        return self.skip_connection(x_BCHW) + self.out_layers[3](swish(h_BCHW))
+        return self.skip_connection(x_BCHW) + self.out_layers[3](F.silu(h_BCHW))
 
 
 class PlainAttentionBlock(nn.Module):
@@ -185,7 +181,7 @@ class PlainGlide(nn.Module):
         self.out = nn.ModuleList([PlainGroupNorm(groups, width), nn.Identity(), out])
 
     def forward(
-        self, x_BCHW: Tensor, timesteps_B: Tensor, *, tokens: Tensor, mask: Tensor, low_res: Tensor | None = None
+        self, x: Tensor, timesteps: Tensor, *, tokens: Tensor, mask: Tensor, low_res: Tensor | None = None
     ) -> Tensor:
         embedded_BLD = self.token_embedding(tokens.long()) + self.positional_embedding[None]
         h_BLD = torch.where(mask[..., None], embedded_BLD, self.padding_embedding[None])
@@ -193,18 +189,18 @@ class PlainGlide(nn.Module):
             h_BLD = block(h_BLD)
         h_BLD = self.final_ln(h_BLD)
         context_BDS = h_BLD.permute(0, 2, 1)
-        embedding_BE = self.time_embed(waves(timesteps_B, self.config.channels)) + self.transformer_proj(h_BLD[:, -1])
+        embedding_BE = self.time_embed(waves(timesteps, self.config.channels)) + self.transformer_proj(h_BLD[:, -1])
         if low_res is not None:
-            enlarged = F.interpolate(low_res, x_BCHW.shape[-2:], mode="bilinear", align_corners=False)
-            x_BCHW = torch.cat([x_BCHW, enlarged], dim=1)
-        h_BCHW, skips = x_BCHW, []
+            enlarged = F.interpolate(low_res, x.shape[-2:], mode="bilinear", align_corners=False)
+            x = torch.cat([x, enlarged], dim=1)
+        h_BCHW, skips = x, []
         for stage in self.input_blocks:
             h_BCHW = stage(h_BCHW, embedding_BE, context_BDS)
             skips.append(h_BCHW)
         h_BCHW = self.middle_block(h_BCHW, embedding_BE, context_BDS)
         for stage in self.output_blocks:
             h_BCHW = stage(torch.cat([h_BCHW, skips.pop()], dim=1), embedding_BE, context_BDS)
-        return self.out[2](swish(self.out[0](h_BCHW.float()))).float()
+        return self.out[2](F.silu(self.out[0](h_BCHW.float()))).float()
 
 
 def halve(x_BCHW: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def test_sample_takes_prompts_from_a_file_and_every_setting_from_its_options(
 def test_plan_counts_what_training_would_build(cli: Cli) -> None:
     code, planned, _ = cli("plan", "glide-base-3.5b", "launcher.workers=64")
     assert code == 0 and planned["parameters"]["total"] == 3_554_414_086
-    assert (planned["micro_batch"], planned["accumulation"]) == (16, 2)
+    assert (planned["micro_batch"], planned["accumulation"]) == (32, 1)
 
 
 @pytest.mark.parametrize(

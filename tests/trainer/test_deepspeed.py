@@ -95,7 +95,7 @@ def test_a_resume_is_exact_to_the_bit(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_losses_equal_those_of_the_replicated_engine_for_20_updates(
+def test_losses_with_recomputed_blocks_equal_those_of_the_replicated_engine_for_20_updates(
     ranks: tuple[dict[str, Any], Path], stage: int
 ) -> None:
     found = ranks[0][f"losses {stage}"]

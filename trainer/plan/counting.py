@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 from unittest.mock import patch
 
 import torch
@@ -23,6 +24,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from trainer.config import Precision
 from trainer.models import glide
+
+if TYPE_CHECKING:
+    from trainer.recipes.recipe import BatchWide
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,6 +60,26 @@ class Cost:
     activation_bytes: int
 
 
+@dataclass(frozen=True)
+class BatchCost:
+    """Of what an update computes once for its whole batch, on one rank: FLOPs; bytes that live on through its backward
+    passes, and the most that are alive before them."""
+
+    flops: int
+    lasting_bytes: int
+    highest_bytes: int
+
+
+def batch_cost(update: BatchWide, batch: int, share: int) -> BatchCost:
+    """Counted on the meta device, for `share` of `batch` samples on this rank."""
+    counter = Counter([])
+    with torch.device("meta"), counter:
+        lasting = update.rehearse(batch, share)
+        lasting_bytes = counter.live_bytes
+    del lasting
+    return BatchCost(counter.flops, lasting_bytes, counter.peak_bytes)
+
+
 def parameter_counts(module: nn.Module) -> dict[str, int]:
     """{"total", "text", "visual"} of a network, each parameter once; works on fake and meta tensors."""
     if isinstance(module, Counted):
@@ -78,18 +102,37 @@ class CountedPart:
         return hasattr(self.module, "activation_checkpointing")
 
     def cost(self, micro_batch: int, checkpointing: bool) -> Cost:
+        """Of a forward and backward pass."""
         if (micro_batch, checkpointing) not in self._costs:
             if self.can_checkpoint:
                 cast(Any, self.module).activation_checkpointing = checkpointing
-            with torch.device("meta"), patch.object(F, "scaled_dot_product_attention", _fused_attention):
-                inputs = cast(Measurable, self.module).example_inputs(micro_batch)
-                inputs = {name: self._as_weights(values) for name, values in inputs.items()}
-                found = run_counted(self.module, inputs, micro_batch)
-            self._costs[micro_batch, checkpointing] = found
+            with _on_meta():
+                self._costs[micro_batch, checkpointing] = run_counted(
+                    self.module, self._inputs(micro_batch), micro_batch
+                )
         return self._costs[micro_batch, checkpointing]
+
+    def inference(self, batch: int) -> Counter:
+        """What a forward pass without a graph needs: FLOPs and most bytes, weights aside, of the whole batch."""
+        with _on_meta(), torch.no_grad():
+            inputs = self._inputs(batch)
+            counter = Counter([*self.module.parameters(), *self.module.buffers(), *inputs.values()])
+            with counter:
+                self.module(**inputs)
+        return counter
+
+    def _inputs(self, batch: int) -> dict[str, Tensor]:
+        inputs = cast(Measurable, self.module).example_inputs(batch)
+        return {name: self._as_weights(values) for name, values in inputs.items()}
 
     def _as_weights(self, values: Tensor) -> Tensor:
         return values.to(self._dtype) if values.is_floating_point() else values
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"), patch.object(F, "scaled_dot_product_attention", _fused_attention):
+        yield
 
 
 def run_counted(module: nn.Module, inputs: Mapping[str, Tensor], micro_batch: int) -> Cost:

@@ -15,8 +15,8 @@ from trainer.config import Precision
 FP32_BYTES = 4
 HALF_BYTES = 2
 
-# DeepSpeed's defaults, in elements, which `deepspeed_config` leaves as they are. The bucket is allocated whole at every
-# update, however small the model; gathered parameters are kept for reuse up to the limit.
+# DeepSpeed's defaults, in elements, which `deepspeed_config` leaves as they are. The bucket is allocated whole, however
+# small the model; gathered parameters are kept for reuse up to the limit.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 
@@ -61,7 +61,7 @@ def state_bytes(parameters: int, holding: Holding) -> StateBytes:
     gradients = FP32_BYTES * (parameters if whole_gradients else share)
     held = {"optimizer": 3 * FP32_BYTES * share, "ema": FP32_BYTES * share, "gradients": gradients}
     on_gpu = {"model": model + gathered, **(dict.fromkeys(held, 0) if holding.offload else held)}
-    on_gpu["gradients"] += _bucket_bytes(holding, whole_gradients)
+    on_gpu["gradients"] += _bucket_bytes(parameters, holding, whole_gradients)
     return StateBytes(gpu=on_gpu, host={"model": 0, **(held if holding.offload else dict.fromkeys(held, 0))})
 
 
@@ -87,11 +87,22 @@ def _zero_weights(parameters: int, holding: Holding) -> tuple[int, int, bool]:
     return width * parameters, 0, whole
 
 
-def _bucket_bytes(holding: Holding, whole_gradients: bool) -> int:
-    if holding.precision == "fp32" or whole_gradients:
-        return FP32_BYTES * REDUCE_BUCKET
-    # Gradients are gathered in the low precision and cast as a whole to float32 for the sum over ranks.
-    return (HALF_BYTES + FP32_BYTES) * REDUCE_BUCKET
+def _bucket_bytes(parameters: int, holding: Holding, whole_gradients: bool) -> int:
+    filled = min(REDUCE_BUCKET, parameters)
+    if holding.precision == "fp32" or whole_gradients or holding.stage == 3:
+        # float32 from the start (in stage 3 whatever the precision); what fills it is copied in the order of ranks.
+        return FP32_BYTES * (REDUCE_BUCKET + filled)
+    # Stage 2 gathers gradients in the low precision, copies what there is, and casts the copy for the sum over ranks.
+    return HALF_BYTES * REDUCE_BUCKET + (HALF_BYTES + FP32_BYTES) * filled
+
+
+def whole_ema_bytes(parameters: int, holding: Holding) -> int:
+    """What one rank holds beside its state while a part's EMA weights are whole, for held-out loss and grids.
+
+    ReplicatedEngine puts the masters aside and gathers the average in as much again; DeepSpeedEngine fills a float32
+    network of its own.
+    """
+    return FP32_BYTES * parameters * (2 if holding.stage == 0 else 1)
 
 
 def largest_micro_batch(total_bytes: Callable[[int], int], memory_bytes: int, most: int) -> int:

@@ -125,10 +125,12 @@ def _gradients(
 
 @dataclass(frozen=True)
 class Contrastive:
-    """An `Accumulate` (see Phase): the phase's terms are `TERMS`, its observed values entries of the batch."""
+    """An `Accumulate` (see Phase), `BatchWide`: the phase's terms are `TERMS`, its observed values entries of the
+    batch."""
 
     directions: Callable[[Mapping[str, nn.Module], Batch], Directions]
     logit_scale: float
+    features: int  # E; for `rehearse`
     chunk_rows: int = CHUNK_ROWS
 
     def __call__(self, trainee: Trainee, phase: Phase, micro_batches: Sequence[MicroBatch], position: int) -> Tensor:
@@ -142,7 +144,7 @@ class Contrastive:
         sizes = [len(micro.positions) for micro in micro_batches]
         places_b = torch.from_numpy(np.concatenate([micro.positions for micro in micro_batches]) - position)
         places_b = places_b.to(group.device)
-        images_BE, captions_BE = _gathered([*passed, newest], sizes, places_b, trainee)
+        images_BE, captions_BE = _gathered([*passed, newest], sizes, places_b, trainee.config.batch, group.sum_)
         found = contrast(images_BE, captions_BE, places_b, self.logit_scale, group.sum_, self.chunk_rows)
         gradients = zip(found.image_gradients_bE.split(sizes), found.caption_gradients_bE.split(sizes), strict=True)
         for micro, gradient in reversed(list(zip(micro_batches, gradients, strict=True))):
@@ -151,6 +153,16 @@ class Contrastive:
             trainee.engines[phase.part].backward(_carrying(directions, gradient))
         return _values(found.losses, phase, micro_batches, places_b, trainee)
 
+    def passed_twice(self, micro_batches: int) -> int:
+        return micro_batches - 1
+
+    def rehearse(self, batch: int, share: int) -> tuple[Directions, Directions, Contrast]:
+        """See BatchWide: the rank's directions, those of the global batch, the gradients."""
+        own = (torch.empty(share, self.features), torch.empty(share, self.features))
+        places_b = torch.arange(share)
+        everyone = _gathered([own], [share], places_b, batch, _alone)
+        return own, everyone, contrast(*everyone, places_b, self.logit_scale, _alone, self.chunk_rows)
+
     def _directions(self, trainee: Trainee, phase: Phase, micro: MicroBatch) -> Directions:
         """The same in both passes: noise is the batch's, dropout a function of the micro batch's position."""
         seed_dropout(micro, trainee.group.rank)
@@ -158,13 +170,24 @@ class Contrastive:
             return self.directions(trainee.modules, on_device(micro.batch, trainee.group.device))
 
 
-def _gathered(found: Sequence[Directions], sizes: Sequence[int], places_b: Tensor, trainee: Trainee) -> Directions:
+def _alone(values: Tensor) -> Tensor:
+    """The sum over ranks where there is one."""
+    return values
+
+
+def _gathered(
+    found: Sequence[Directions],
+    sizes: Sequence[int],
+    places_b: Tensor,
+    batch: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> Directions:
     """The directions of the global batch, on every rank; of a stand-in micro batch (size 0) nothing enters."""
     both_b2E = torch.cat([torch.cat(pair, dim=1)[:size].detach() for pair, size in zip(found, sizes, strict=True)])
-    both_B2E = both_b2E.new_zeros(trainee.config.batch, both_b2E.shape[1])
+    both_B2E = both_b2E.new_zeros(batch, both_b2E.shape[1])
     both_B2E[places_b] = both_b2E
     # A sum with zeros is exact, so every rank gets every direction to the bit.
-    images_BE, captions_BE = trainee.group.sum_(both_B2E).chunk(2, dim=1)
+    images_BE, captions_BE = sum_over_ranks(both_B2E).chunk(2, dim=1)
     return images_BE.contiguous(), captions_BE.contiguous()
 
 

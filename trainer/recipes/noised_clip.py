@@ -81,7 +81,7 @@ class NoisedClipRecipe(Recipe):
         return model
 
     def phases(self) -> tuple[Phase, ...]:
-        update = Contrastive(self.directions, self.config.logit_scale)
+        update = Contrastive(self.directions, self.config.logit_scale, self.config.model.embedding)
         return (Phase(PART, TERMS, self._loss, observed=("timesteps",), observe=self._by_quartile, accumulate=update),)
 
     def prepare(self, rows: Rows, draws: Draws) -> Batch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,18 @@ Losses = Mapping[str, Tensor]  # values per sample, each [b]; "total", in float3
 StateDict = dict[str, Tensor]  # parameter name -> values
 Accumulate = Callable[["Trainee", "Phase", Sequence[MicroBatch], int], Tensor]  # as trainer/step.py's `accumulate`
 Watch = Callable[[int], None]  # told the index of every sampling step once it is done; the last one is 0
+
+
+@runtime_checkable
+class BatchWide(Protocol):
+    """An `Accumulate` that does more than one forward and backward pass of every micro batch; `plan` asks what."""
+
+    def passed_twice(self, micro_batches: int) -> int:
+        """Of so many micro batches of a rank, those that run forward once more, without a graph."""
+
+    def rehearse(self, batch: int, share: int) -> Any:
+        """What it computes of a global batch with `share` samples on this rank, from made-up values on torch's default
+        device; returns what lives on through the backward passes."""
 
 
 @dataclass(frozen=True)
