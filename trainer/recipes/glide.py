@@ -255,8 +255,6 @@ class GlideRecipe(Recipe):
         quartiles = losses_by_quartile(timesteps, losses, self.process.steps)
         return {f"loss/{name}": value for name, value in quartiles.items()}
 
-    has_bound = True
-
     def bits_per_dimension(self, parts: Mapping[str, nn.Module], batch: Batch, draws: Draws) -> Tensor:
         model = parts[self.config.part]
         assert isinstance(model, Glide)

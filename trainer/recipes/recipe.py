@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -146,8 +146,6 @@ class Recipe(Protocol):
 
         `gradient` pulls them, for example towards what a noised CLIP takes for the caption; `watch` follows the steps.
         """
-
-    has_bound: ClassVar[bool] = False
 
     def bits_per_dimension(self, parts: Mapping[str, nn.Module], batch: Batch, draws: Draws) -> Tensor:
         """An upper bound for each sample, [b], in a recipe that has one."""
