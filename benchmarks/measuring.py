@@ -21,6 +21,19 @@ from trainer.models.config import GlideModelConfig
 from trainer.models.glide import Glide
 
 RESULTS = Path(__file__).parent / "results"
+# To see that a benchmark works, not to measure.
+TINY = GlideModelConfig(
+    image_size=16,
+    channels=32,
+    res_blocks=1,
+    channel_mult=(1, 2),
+    attention_resolutions=(8,),
+    head_channels=32,
+    text_context=16,
+    text_width=32,
+    text_layers=1,
+    text_heads=1,
+)
 
 
 def filled_glide(config: GlideModelConfig, seed: int = 0, dropout: float = 0.0) -> Glide:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import filled_glide, interleaved, ratio, write_result
+from benchmarks.measuring import TINY, filled_glide, interleaved, ratio, write_result
 from benchmarks.plain_glide import plain
 from trainer.diffusion.gaussian import Diffusion
 from trainer.diffusion.guidance import guided
@@ -39,18 +39,7 @@ SIZES = {
         text_layers=16,
         text_heads=3,
     ),
-    "tiny": GlideModelConfig(
-        image_size=16,
-        channels=32,
-        res_blocks=1,
-        channel_mult=(1, 2),
-        attention_resolutions=(8,),
-        head_channels=32,
-        text_context=16,
-        text_width=32,
-        text_layers=2,
-        text_heads=1,
-    ),
+    "tiny": TINY,
 }
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import filled_glide, interleaved, ratio, write_result
+from benchmarks.measuring import TINY, filled_glide, interleaved, ratio, write_result
 from benchmarks.plain_glide import PlainTrainer, plain
 from trainer.config import Precision, TrainConfig
 from trainer.diffusion.gaussian import Diffusion
@@ -46,21 +46,7 @@ SIZES = {
         ),
         2,
     ),
-    "tiny": (
-        GlideModelConfig(
-            image_size=16,
-            channels=32,
-            res_blocks=1,
-            channel_mult=(1, 2),
-            attention_resolutions=(8,),
-            head_channels=32,
-            text_context=16,
-            text_width=32,
-            text_layers=1,
-            text_heads=1,
-        ),
-        2,
-    ),
+    "tiny": (TINY, 2),
 }
 
 

@@ -10,7 +10,7 @@ Nichol 2021 (gradient guidance, ADM).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -70,11 +70,15 @@ def sample(
     eta: float = 0.0,
     start_index: int | None = None,
     options: StepOptions = DEFAULT_OPTIONS,
+    watch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """`sample_steps` to the end: the image [B, C, H, W], in [-1, 1] when predictions are clipped and nothing pulls."""
+    """`sample_steps` to the end: the image [B, C, H, W], in [-1, 1] when predictions are clipped and nothing pulls.
+    `watch` is told the index of each step once it is done."""
     steps = sample_steps(sampler, denoise, diffusion, x_BCHW, noise, eta=eta, start_index=start_index, options=options)
     for step in steps:
         x_BCHW = step.x_BCHW
+        if watch:
+            watch(step.step_index)
     return x_BCHW
 
 

@@ -30,7 +30,7 @@ from trainer.diffusion.guidance import guided
 from trainer.diffusion.likelihood import bits_per_dimension
 from trainer.diffusion.losses import Objective, check_objective, diffusion_loss, term_names
 from trainer.diffusion.respacing import spaced_timesteps
-from trainer.diffusion.samplers import sample_steps
+from trainer.diffusion.samplers import sample
 from trainer.diffusion.schedules import BetaSchedule
 from trainer.diffusion.steps import Denoise, Gradient, StepOptions
 from trainer.diffusion.timesteps import LossSecondMoment, TimestepLaw, losses_by_quartile, timestep_sampler
@@ -319,13 +319,17 @@ class GlideRecipe(Recipe):
         options = StepOptions(settings.clip, settings.clip_percentile, pin, gradient)
         with torch.no_grad():
             denoise = self._guided(model, conditions, settings.guidance_scale)
-            drawn = start
-            for step in sample_steps(
-                settings.sampler, denoise, process, start, noise, eta=settings.eta, start_index=index, options=options
-            ):
-                drawn = step.x_BCHW
-                if watch:
-                    watch(step.step_index)
+            drawn = sample(
+                settings.sampler,
+                denoise,
+                process,
+                start,
+                noise,
+                eta=settings.eta,
+                start_index=index,
+                options=options,
+                watch=watch,
+            )
         return to_pixels(pin(drawn) if pin else drawn)
 
     def _guided(self, model: Glide, conditions: Batch, scale: float) -> Denoise:

@@ -46,7 +46,10 @@ class BatchWide(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One network; `build` makes it with its own initialisation, from torch's seed."""
+    """One network; `build` makes it with its own initialisation, from torch's seed.
+
+    It is also called on the meta device, so what a network holds are parameters and buffers, no other tensors.
+    """
 
     build: Callable[[], nn.Module]
     # replicated: in plain torch whatever `zero.stage` says. What needs a gradient of a gradient does: ZeRO has none.
