@@ -29,7 +29,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from benchmarks.measuring import RESULTS, filled_glide, machine
+from benchmarks.measuring import RESULTS, TINY, filled_glide, machine
 from benchmarks.plain_glide import PlainTrainer, plain
 from benchmarks.train_step import DECAY, LR, TOLERANCE, Work, make_work
 from trainer.config import TrainConfig
@@ -45,18 +45,6 @@ from trainer.plan.hardware import GPUS, Cluster
 from trainer.plan.memory import Holding, largest_micro_batch, state_bytes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
-TINY = {
-    "image_size": 16,
-    "channels": 32,
-    "res_blocks": 1,
-    "channel_mult": [1, 2],
-    "attention_resolutions": [8],
-    "head_channels": 32,
-    "text_context": 16,
-    "text_width": 32,
-    "text_layers": 1,
-    "text_heads": 1,
-}
 PRESETS = {"base": "glide-base-3.5b", "upsampler": "glide-upsampler-1.5b"}
 FIRST_MICRO_BATCH = {"base": 8, "upsampler": 2, "tiny": 2}
 TIMED_STEPS, WARM_STEPS = 5, 2
@@ -81,7 +69,11 @@ class Bench:
 
     def __init__(self, size: str, device: str, gpu: str) -> None:
         self.size, self.device = size, torch.device(device)
-        values = TINY if size == "tiny" else yaml.safe_load((CONFIGS / f"{PRESETS[size]}.yaml").read_text())["model"]
+        values = (
+            TINY.model_dump()
+            if size == "tiny"
+            else yaml.safe_load((CONFIGS / f"{PRESETS[size]}.yaml").read_text())["model"]
+        )
         self.config = GlideModelConfig(**values)
         self.gpu = GPUS[gpu]
         self.counted = CountedPart(lambda: Glide(self.config), "bf16")
