@@ -20,7 +20,7 @@ from data_pipeline.executor import Executor, InlineExecutor
 from data_pipeline.families import CODEC_VERSIONS, FAMILIES
 from data_pipeline.judge import KeepList, judge
 from data_pipeline.manifests import Document, digest_of
-from data_pipeline.score import score_unit, unit_prefix
+from data_pipeline.score import ScoreSettings, score_unit
 from data_pipeline.shards import Dataset, commit_dataset, commit_family, open_dataset
 from data_pipeline.sources import list_units
 from data_pipeline.storage import ObjectStore, open_store
@@ -54,16 +54,16 @@ def build_corpus(
             return build_corpus(config, own, progress, store)
     store = store or open_store(_output(config))
     store.check()
-    limits = config.filters.resolved()
+    settings = ScoreSettings(config.filters.resolved(), config.captions, config.crop)
 
     units = list_units(config.inputs, executor)
-    prefixes = [unit_prefix(unit.digest, limits) for unit in units]
+    prefixes = [settings.prefix(unit.digest) for unit in units]
     uris = {unit.digest: unit.uri for unit in units}
 
     def within_budget(unit: Document) -> None:
         _refuse_over_budget(config.budget, uris[unit["unit"]], unit)
 
-    scored = _run(executor, partial(score_unit, store, limits), units, "score", progress, within_budget)
+    scored = _run(executor, partial(score_unit, store, settings), units, "score", progress, within_budget)
     by_digest = {unit["unit"]: unit for unit in scored}
     scored = [by_digest[unit.digest] for unit in units]
 
@@ -196,6 +196,8 @@ def _identity(config: CorpusConfig, scored: Sequence[Document], keep: KeepList) 
         "version": IDENTITY_VERSION,
         "units": sorted(unit["unit"] for unit in scored),
         "filters": asdict(config.filters.resolved()),
+        "captions": config.captions,
+        "crop": config.crop,
         "tokenizer": TOKENIZER_SHA256,
         "codec": CODEC_VERSIONS,
         "families": {family.name: family.producer for family in FAMILIES.values()},

@@ -9,6 +9,11 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.draws import key64, mix64
 
 # Raise it when the same bytes can give another caption than before: it stands in the dataset's identity.
 CAPTION_VERSION = "nfkc-1"
@@ -19,10 +24,22 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]+")
 INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]+")
 
 
+# Which of a picture's captions become rows: its first, each, or one that its id decides.
+CaptionPolicy = Literal["first", "all", "random"]
+
+
 class CaptionError(Exception):
     """A caption in no encoding that can be told for certain."""
 
     reason = "caption_encoding"
+
+
+def chosen_captions(policy: CaptionPolicy, picture: int, count: int) -> range:
+    """Which of a picture's `count` captions are used. `picture` is its id."""
+    if policy == "all":
+        return range(count)
+    index = int(mix64(np.array([picture ^ key64("caption", 0)], np.uint64))[0]) % count if policy == "random" else 0
+    return range(index, index + 1)
 
 
 def normalise(raw: bytes) -> str:

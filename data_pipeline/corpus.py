@@ -10,8 +10,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from data_pipeline.captions import CaptionPolicy
 from data_pipeline.config import Settings, state_folder
 from data_pipeline.filters import FilterSettings
+from data_pipeline.images import Crop
 from data_pipeline.sources import Input
 
 
@@ -27,6 +29,8 @@ class CorpusConfig(Settings):
 
     inputs: tuple[Input, ...] = ()
     output: str | None = None  # URI of the output folder; null: `datasets/<configuration's name>` in the state folder
+    captions: CaptionPolicy = "first"  # of a picture that has several
+    crop: Crop = "centre"
     filters: FilterSettings = FilterSettings()
     budget: float | None = Field(default=0.05, ge=0, le=1)  # largest bad share of a unit's records; null: any
     executor: ExecutorSettings = ExecutorSettings()

@@ -95,7 +95,7 @@ def read_slice(split: str, part: int) -> Iterator[Record]:
     for emoji in slice_of(split, part):
         drawing = render(emoji)
         for ground in grounds_of(emoji):
-            yield Record(f"{emoji.code}/{ground}", _on_ground(drawing, ground), caption_of(emoji, ground).encode())
+            yield Record(f"{emoji.code}/{ground}", _on_ground(drawing, ground), (caption_of(emoji, ground).encode(),))
 
 
 def render(emoji: Emoji) -> Image.Image:

@@ -12,13 +12,14 @@ threshold to FilterSettings and the presets, a function, and a line to FILTERS.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
 
 from data_pipeline.config import Settings
+from data_pipeline.images import Pixels
 
 PRESETS: dict[str, dict[str, float | None]] = {
     "none": {"min_side": 1, "max_aspect": None, "min_caption": 0, "max_caption": None},
@@ -53,11 +54,16 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Facts:
-    """What filters may look at. `width` and `height` in pixels, as the header states them; `caption` normalised."""
+    """What filters may look at before the picture is decoded.
+
+    `width` and `height` in pixels, as the header states them; `caption` normalised; `columns` the input's own numbers.
+    """
 
     width: int
     height: int
+    file_bytes: int
     caption: str
+    columns: Mapping[str, float] = field(default_factory=dict)
 
 
 def caption_length(facts: Facts, limits: Thresholds) -> str | None:
@@ -84,3 +90,8 @@ FILTERS: tuple[Callable[[Facts, Thresholds], str | None], ...] = (caption_length
 def reason_to_drop(facts: Facts, limits: Thresholds) -> str | None:
     """The first filter's reason, or None to keep the record."""
     return next((reason for filter_ in FILTERS if (reason := filter_(facts, limits)) is not None), None)
+
+
+def reason_to_drop_pixels(image64: Pixels, limits: Thresholds) -> str | None:
+    """As `reason_to_drop`, of what only the decoded picture shows. `image64`: RGB uint8 [64, 64, 3]."""
+    return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import cast
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -22,6 +22,9 @@ from PIL import Image, UnidentifiedImageError
 from typing_extensions import Buffer
 
 Pixels = NDArray[np.uint8]
+
+# Where the square that is kept lies in the picture.
+Crop = Literal["centre"]
 
 # Versions stand in the dataset's identity: raise one when the same source bytes can give other pixels than before.
 DECODE_VERSION = "decode-1"
@@ -107,6 +110,12 @@ def centre_crop(pixels: Pixels) -> Pixels:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return pixels[top : top + side, left : left + side]
+
+
+def crop(pixels: Pixels, policy: Crop, picture: int) -> Pixels:
+    """The square of [H, W, 3] that is kept, as a view. `picture` is its id, which decides where chance does."""
+    assert policy == "centre"
+    return centre_crop(pixels)
 
 
 def area_resize(square: Pixels, side: int) -> Pixels:

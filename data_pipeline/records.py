@@ -5,7 +5,8 @@ Always holds: keys are valid text and unique within a unit; nothing here has bee
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 IMAGE_SUFFIXES = (
     "jpg",
@@ -32,11 +33,16 @@ FILE_LIMIT_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Record:
-    """One picture as found: undecoded image bytes, undecoded caption bytes."""
+    """One picture as found: undecoded image bytes and undecoded captions, at least one.
+
+    `columns`: the numbers that the input states beside the picture, such as scores; what is absent or null there is
+    absent here.
+    """
 
     key: str
     image_bytes: bytes
-    caption: bytes
+    captions: tuple[bytes, ...]
+    columns: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _read_folder(folder: Path) -> Iterator[Record | Rejected]:
             reason = "caption_missing" if caption == "missing" else caption
             yield Rejected(text_key(name), reason, f"{path.stem}.txt")
         else:
-            yield Record(text_key(name), image, caption)
+            yield Record(text_key(name), image, (caption,))
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -131,9 +131,9 @@ def _read_sample(file: BoundedFile, key: str, sample: Sample, json_captions: boo
     except DAMAGE as error:
         return Rejected(key, "tar_truncated", str(error) or type(error).__name__)
     if caption_suffix == "txt":
-        return Record(key, image, caption)
+        return Record(key, image, (caption,))
     written = _json_caption(caption)
-    return Rejected(key, "caption_missing", "no caption in json") if written is None else Record(key, image, written)
+    return Rejected(key, "caption_missing", "no caption in json") if written is None else Record(key, image, (written,))
 
 
 def _read_member(file: BoundedFile, member: tarfile.TarInfo) -> bytes:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from data_pipeline.captions import CaptionError, normalise
 from data_pipeline.filters import FILTERS, Facts, FilterSettings, reason_to_drop
 
-facts = st.builds(Facts, st.integers(0, 5000), st.integers(0, 5000), st.text(max_size=1200))
+facts = st.builds(Facts, st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 10**7), st.text(max_size=1200))
 settings_ = st.builds(
     FilterSettings,
     preset=st.sampled_from(["none", "basic"]),
@@ -95,7 +95,7 @@ def test_the_preset_none_keeps_every_picture_that_has_a_size(record: Facts) -> N
 
 @given(facts, settings_)
 def test_turning_a_picture_on_its_side_changes_no_verdict(record: Facts, chosen: FilterSettings) -> None:
-    turned = Facts(record.height, record.width, record.caption)
+    turned = Facts(record.height, record.width, record.file_bytes, record.caption)
     assert reason_to_drop(record, chosen.resolved()) == reason_to_drop(turned, chosen.resolved())
 
 
@@ -113,11 +113,11 @@ def test_an_impossible_threshold_is_refused() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (Facts(63, 200, "a dog"), "image_too_small"),
-        (Facts(64, 129, "a dog"), "image_aspect"),
-        (Facts(64, 128, "ad"), "caption_too_short"),
-        (Facts(64, 128, "a" * 1001), "caption_too_long"),
-        (Facts(64, 128, "a dog"), None),
+        (Facts(63, 200, 1000, "a dog"), "image_too_small"),
+        (Facts(64, 129, 1000, "a dog"), "image_aspect"),
+        (Facts(64, 128, 1000, "ad"), "caption_too_short"),
+        (Facts(64, 128, 1000, "a" * 1001), "caption_too_long"),
+        (Facts(64, 128, 1000, "a dog"), None),
     ],
 )
 def test_the_basic_preset_drops_for_the_reason_in_its_table(record: Facts, reason: str | None) -> None:

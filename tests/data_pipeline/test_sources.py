@@ -51,7 +51,7 @@ def test_a_tar_is_read_as_webdataset_reads_it(tmp_path: Path, make_jpeg) -> None
     with path.open("rb") as file:
         members = webdataset.tariterators.tar_file_iterator(file)
         samples = list(webdataset.tariterators.group_by_keys(member | {"__url__": ""} for member in members))
-    expected = [Record(sample["__key__"], sample["jpg"], sample["txt"]) for sample in samples]
+    expected = [Record(sample["__key__"], sample["jpg"], (sample["txt"],)) for sample in samples]
     assert len(expected) == 20
     assert read("webdataset", path) == expected
 
@@ -59,8 +59,8 @@ def test_a_tar_is_read_as_webdataset_reads_it(tmp_path: Path, make_jpeg) -> None
 def test_files_of_a_sample_need_not_be_adjacent(tmp_path: Path, make_tar) -> None:
     files = {"0.jpg": b"j0", "1.jpg": b"j1", "1.txt": b"t1", "0.txt": b"t0"}
     assert read("webdataset", make_tar(tmp_path / "a.tar", files)) == [
-        Record("0", b"j0", b"t0"),
-        Record("1", b"j1", b"t1"),
+        Record("0", b"j0", (b"t0",)),
+        Record("1", b"j1", (b"t1",)),
     ]
 
 
@@ -78,7 +78,7 @@ def test_the_caption_in_json_is_used_by_img2dataset_alone(tmp_path: Path, make_t
     path = make_tar(
         tmp_path / "a.tar", {"0.jpg": b"j", "0.json": b'{"caption": "a dog"}', "1.jpg": b"j", "1.json": b"["}
     )
-    assert read("img2dataset", path)[0] == Record("0", b"j", b"a dog")
+    assert read("img2dataset", path)[0] == Record("0", b"j", (b"a dog",))
     assert outcomes(read("img2dataset", path)) == {"read": 1, "caption_missing": 1}
     assert outcomes(read("webdataset", path)) == {"caption_missing": 2}
 
@@ -101,7 +101,7 @@ def test_a_folder_is_read_without_following_links_or_opening_pipes(tmp_path: Pat
         Rejected("b.png", "caption_missing", "b.txt"),
         Rejected("c.jpg", "not_a_file", "picture"),
         Rejected("d.jpg", "not_a_file", "picture"),
-        Record("inner/a.JPG", b"picture", b"caption"),
+        Record("inner/a.JPG", b"picture", (b"caption",)),
     ]
 
 
