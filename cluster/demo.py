@@ -17,6 +17,7 @@ import numpy as np
 from cluster.console import progress_bar, say
 from cluster.drawing import load_part
 from cluster.launch import Event, WorkerDied
+from cluster.progress import build_progress
 from cluster.tracking import resumed_at
 from cluster.training import build_demo_dataset, train_run
 from data_pipeline.build import inspect_dataset
@@ -72,8 +73,8 @@ def run_demo() -> dict[str, Any]:
 
 def build(name: str) -> dict[str, Any]:
     """Build the dataset of a demo corpus preset, or find it; its summary."""
-    with progress_bar(f"corpus {name}") as bar:
-        build_demo_dataset(name, lambda stage, done, total: bar(done, total, stage))
+    with build_progress() as progress:
+        build_demo_dataset(name, progress)
     return inspect_dataset(dataset_uri(name))
 
 

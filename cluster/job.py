@@ -63,6 +63,7 @@ def train(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def build(values: dict[str, Any], name: str) -> dict[str, Any]:
     """The job of a corpus build; the summary of `corpus build --json`."""
+    from cluster.progress import progress_lines
     from cluster.training import build_swept
     from data_pipeline.build import CorpusConfig
     from data_pipeline.config import parse
@@ -71,11 +72,7 @@ def build(values: dict[str, Any], name: str) -> dict[str, Any]:
         raise Stopped
 
     signal.signal(signal.SIGTERM, stop)
-    return build_swept(parse(CorpusConfig, values, name), _say_pass)
-
-
-def _say_pass(stage: str, done: int, total: int) -> None:
-    log.info("%s: %d of %d", stage, done, total)
+    return build_swept(parse(CorpusConfig, values, name), progress_lines(log.info))
 
 
 def _fail(message: str, **about: Any) -> int:

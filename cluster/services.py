@@ -41,7 +41,9 @@ PORTS = {
 
 # On Linux, Ray replaces 127.0.0.1 by the machine's address and then listens on every interface; with this setting it
 # does what it does on other systems: it stays on loopback. Drivers need it too, to find their node under that address.
-LOOPBACK_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Tokens: a bare ray.init() leaves one in the home folder, and from then on Ray would ask every client of this one for
+# it, the health checks of the stack too; what listens on loopback alone needs none.
+LOOPBACK_RAY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
 
 # Set by a user for other stores and servers; with them in place the files of the stack would not be read.
 FOREIGN = (

@@ -34,8 +34,8 @@ from cluster.tracking import with_tracking_server
 from data_pipeline.config import state_folder
 from data_pipeline.corpus import CorpusConfig
 from data_pipeline.errors import UsageError, UserError
-from data_pipeline.remote_tars import is_remote, public_uri
 from data_pipeline.sources import Input
+from data_pipeline.sources.remote import is_remote, public_uri
 from data_pipeline.storage import open_store
 from trainer.checkpoint.attempts import newest_attempt
 from trainer.config import TrainConfig

@@ -12,19 +12,24 @@ import math
 import os
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cluster.executors import executor_of
 from cluster.launch import Event, launch_local
+from cluster.scorers import scorer_pools
 from cluster.supervise import supervise
 from cluster.tracking import TrackedRun, heldout_of, with_tracking_server
 from data_pipeline.build import CorpusConfig, build_corpus, resolve_output, sweep_build
 from data_pipeline.build import Progress as BuildProgress
 from data_pipeline.config import find_config, parse, read_values
+from data_pipeline.corpus import ExecutorSettings
+from data_pipeline.enrich import enrich
 from data_pipeline.executor import Executor
-from data_pipeline.shards import dataset_ids
-from data_pipeline.storage import open_store
+from data_pipeline.scorers import ScorerPool
+from data_pipeline.shards import dataset_ids, open_dataset, output_of
+from data_pipeline.storage import ObjectStore, open_store
 from trainer.config import TrainConfig
 from trainer.run import prepare_run, store_uri
 
@@ -101,7 +106,7 @@ def launch(
         return launch_ray(spec, settings.workers, settings.device, on_event)
 
 
-def build_demo_dataset(name: str, progress: BuildProgress = lambda stage, done, total: None) -> None:
+def build_demo_dataset(name: str, progress: BuildProgress = lambda stage, done, total, images=0: None) -> None:
     """Build the dataset of the corpus preset `name` in the state folder, when it is absent."""
     values = read_values(find_config("corpus", name))
     config = resolve_output(parse(CorpusConfig, values, name), name)
@@ -113,10 +118,16 @@ def build_demo_dataset(name: str, progress: BuildProgress = lambda stage, done, 
 def build_swept(config: CorpusConfig, progress: BuildProgress, alone: bool = False) -> dict[str, Any]:
     """`build_with` the executor that the configuration asks for."""
     with executor_of(config.executor) as executor:
-        return build_with(executor, config, progress, alone)
+        return build_with(executor, config, progress, alone, scorer_pools(config))
 
 
-def build_with(executor: Executor, config: CorpusConfig, progress: BuildProgress, alone: bool) -> dict[str, Any]:
+def build_with(
+    executor: Executor,
+    config: CorpusConfig,
+    progress: BuildProgress,
+    alone: bool,
+    scorers: Sequence[ScorerPool] | None = None,
+) -> dict[str, Any]:
     """`build_corpus` after removing what killed builds left in the output. In a folder, one at a time: another waits.
 
     A sweep takes data whose manifest is not there yet, which is what a build under way has. `alone`: the caller knows
@@ -125,20 +136,33 @@ def build_with(executor: Executor, config: CorpusConfig, progress: BuildProgress
     assert config.output is not None
     store = open_store(config.output)
     store.check()
-    folder = store.local_path("units")
-    if folder is None:
+    with only_writer(store) as locked:
         # A bucket has no lock that dies with its holder. Two builds at once are harmless, for they write the same
         # bytes; a sweep beside a build is not. So leftovers stay, unseen, unless the caller vouches for it.
-        if alone and (swept := sweep_build(store)):
+        if (locked or alone) and (swept := sweep_build(store)):
             log.info("%s: removed %d leftovers of a build that was stopped", store.uri, swept)
-        return build_corpus(config, executor, progress)
-    output = folder.parent
-    output.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output, os.O_RDONLY)
+        return build_corpus(config, executor, progress, scorers=scorers)
+
+
+def enrich_alone(
+    dataset: str, family: str, labels: str | None, settings: ExecutorSettings, progress: BuildProgress
+) -> dict[str, Any]:
+    """`enrich` with such an executor. In a folder no build runs meanwhile: its sweep would take half-made shards."""
+    with executor_of(settings) as executor, only_writer(output_of(open_dataset(dataset))):
+        return enrich(dataset, family, labels, executor, progress)
+
+
+@contextmanager
+def only_writer(store: ObjectStore) -> Iterator[bool]:
+    """Whether this process alone writes to the output meanwhile: in a folder, where another waits; not in a bucket."""
+    folder = store.local_path("units")
+    if folder is None:
+        yield False
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with this process, however that ends
-        if swept := sweep_build(store):
-            log.info("%s: removed %d leftovers of a build that was stopped", output, swept)
-        return build_corpus(config, executor, progress)
+        yield True
     finally:
         os.close(descriptor)

@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from data_pipeline.digests import ContentHash
 from data_pipeline.errors import UserError
 from data_pipeline.storage import ObjectNotFound, ObjectStore, canonical_json
 from data_pipeline.storage.cache import CacheFull, machine_cache
@@ -51,7 +52,7 @@ class ArrowFile:
 
     rows: int
     bytes: int
-    sha256: str | None  # None for a file whose rows carry their own checksums
+    blake3: str | None  # hex; None for a file whose rows carry their own checksums
     batches: tuple[Batch, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -60,65 +61,76 @@ class ArrowFile:
     @staticmethod
     def from_json(document: dict[str, Any]) -> ArrowFile:
         batches = tuple(Batch(**batch) for batch in document["batches"])
-        return ArrowFile(document["rows"], document["bytes"], document["sha256"], batches)
+        return ArrowFile(document["rows"], document["bytes"], document["blake3"], batches)
 
 
 def write_arrow(
-    store: ObjectStore, key: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], with_sha256: bool = True
+    store: ObjectStore, key: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], with_digest: bool = True
 ) -> ArrowFile:
     """Store `batches` as one uncompressed Arrow IPC file, in memory one batch at a time."""
     description: list[Batch] = []
-    digest, size = hashlib.sha256(), 0
+    digest, size = ContentHash(), 0
 
-    def chunks() -> Iterator[bytes]:
+    def chunks() -> Iterator[memoryview]:
         nonlocal size
         for chunk in _serialise(schema, batches, description):
-            if with_sha256:
+            if with_digest:
                 digest.update(chunk)
             size += len(chunk)
             yield chunk
 
     store.put(key, chunks())
     rows = sum(batch.rows for batch in description)
-    return ArrowFile(rows, size, digest.hexdigest() if with_sha256 else None, tuple(description))
+    return ArrowFile(rows, size, digest.hexdigest() if with_digest else None, tuple(description))
 
 
-def _serialise(schema: pa.Schema, batches: Iterable[pa.RecordBatch], description: list[Batch]) -> Iterator[bytes]:
+def _serialise(schema: pa.Schema, batches: Iterable[pa.RecordBatch], description: list[Batch]) -> Iterator[memoryview]:
     sink = _Sink()
     with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-            data = sink.drain()
+            pieces = sink.drain()
             # The first write puts the schema before the batch, so a batch is counted back from its end.
             length = pa.ipc.get_record_batch_size(batch)
-            crc32 = zlib.crc32(memoryview(data)[-length:])
+            crc32 = _crc32_of_last(pieces, length)
             description.append(Batch(sink.tell() - length, length, batch.num_rows, f"{crc32:08x}"))
-            yield data
-    yield sink.drain()
+            yield from pieces
+    yield from sink.drain()
+
+
+def _crc32_of_last(pieces: list[memoryview], length: int) -> int:
+    """crc32 of the last `length` bytes of `pieces`."""
+    before = sum(map(len, pieces)) - length
+    crc32 = 0
+    for piece in pieces:
+        if before < len(piece):
+            crc32 = zlib.crc32(piece[max(before, 0) :], crc32)
+        before -= len(piece)
+    return crc32
 
 
 class _Sink(io.RawIOBase):
-    """Hands on what the Arrow writer writes; positions count from the start of the file, as its padding needs."""
+    """Hands on what the Arrow writer writes, uncopied; positions count from the file's start, as its padding needs."""
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []
+        self.pieces: list[memoryview] = []
         self.position = 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self.pieces.append(bytes(data))
-        self.position += len(self.pieces[-1])
-        return len(self.pieces[-1])
+        piece = memoryview(data).cast("B")
+        self.pieces.append(piece)
+        self.position += len(piece)
+        return len(piece)
 
     def tell(self) -> int:
         return self.position
 
-    def drain(self) -> bytes:
-        data = b"".join(self.pieces)
-        self.pieces.clear()
-        return data
+    def drain(self) -> list[memoryview]:
+        pieces, self.pieces = self.pieces, []
+        return pieces
 
 
 class ArrowReader:
@@ -232,9 +244,9 @@ def damaged(name: str, expected: str, found: str) -> ShardDamaged:
     return ShardDamaged(name, expected, found, "restore that object, or delete its folder and build again")
 
 
-def sha256_of(store: ObjectStore, key: str) -> str | None:
-    """sha256 of a stored object, in memory one piece at a time; None if there is no such object."""
-    digest, position = hashlib.sha256(), 0
+def digest_of_object(store: ObjectStore, key: str) -> str | None:
+    """The content digest (hex) of a stored object, one piece in memory at a time; None if there is no such object."""
+    digest, position = ContentHash(), 0
     try:
         while piece := store.get_range(key, position, VERIFY_CHUNK_BYTES):
             digest.update(piece)

@@ -8,73 +8,109 @@ was dropped for a counted reason. Called by the command line and, with another E
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from data_pipeline.corpus import CorpusConfig, resolve_output
-from data_pipeline.emit import emit_shard, plan_shards
+from data_pipeline.decontaminate import read_evaluation
+from data_pipeline.dedup import DEDUP_VERSION
+from data_pipeline.emit import ShardPlan, emit_shard, plan_shards
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.executor import Executor, InlineExecutor
 from data_pipeline.families import CODEC_VERSIONS, FAMILIES
 from data_pipeline.judge import KeepList, judge
+from data_pipeline.judge_rows import JudgeSettings
 from data_pipeline.manifests import Document, digest_of
+from data_pipeline.records import RECORDS_VERSION
 from data_pipeline.score import ScoreSettings, score_unit
-from data_pipeline.shards import Dataset, commit_dataset, commit_family, open_dataset
-from data_pipeline.sources import list_units
+from data_pipeline.scorers import ScorerPool, digests_in_force, is_committed_by, refuse_unscored
+from data_pipeline.shards import Dataset, commit_dataset, commit_family, dataset_ids, open_dataset
+from data_pipeline.sources import Unit, list_units
 from data_pipeline.storage import ObjectStore, open_store
 from data_pipeline.tokenizer import TOKENIZER_SHA256
 
 __all__ = ["CorpusConfig", "build_corpus", "inspect_dataset", "resolve_output", "sweep_build"]
 
-IDENTITY_VERSION = "corpus-1"  # of the judge's rules and the row order
+IDENTITY_VERSION = "corpus-2"  # of the judge's rules and the row order
 
-OWN_FOLDERS = ("units/", "datasets/")  # what the builder keeps in its output; a sweep touches nothing else
+# Of a configuration, what the dataset's manifest does not hold: where the passes run, and where their results go.
+NOT_OF_CONTENT: Any = {"output": True, "executor": True, "scorers": {"__all__": {"device", "actors"}}}
 
-# (pass, items done, items in all); passes are "read", "score", "judge" and "emit"
-Progress = Callable[[str, int, int], None]
+OWN_FOLDERS = ("units/", "datasets/", "judge/")  # what the builder keeps in its output; a sweep touches nothing else
+
+
+class Progress(Protocol):
+    """Hears of each pass ("read", "score", "judge", "emit"): items done, items in all, images in those done."""
+
+    def __call__(self, stage: str, done: int, total: int, images: int = 0) -> None: ...
 
 
 def build_corpus(
     config: CorpusConfig,
     executor: Executor | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total, images=0: None,
     store: ObjectStore | None = None,
+    scorers: Sequence[ScorerPool] | None = None,
 ) -> dict[str, Any]:
     """Build, or find already built, the dataset of `config`; the summary that `inspect_dataset` gives.
 
-    `executor` and `store` replace those that the configuration names. Raises UserError when an input is missing or
-    holds no usable record, when a unit exceeds the budget of bad records, and when stored data is damaged.
+    `executor`, `store` and `scorers` replace those that the configuration names. Raises UserError when an input is
+    missing or holds no usable record, when a unit exceeds the budget of bad records, and when stored data is damaged.
     """
     if executor is None:
         if config.executor.kind != "inline":
             raise ValueError(f"executor.kind {config.executor.kind}: the caller brings such an executor")
         with InlineExecutor(config.executor.workers) as own:
-            return build_corpus(config, own, progress, store)
+            return build_corpus(config, own, progress, store, scorers)
+    if scorers is None and config.scorers:
+        raise ValueError("scorers: the caller brings them")
+    scorers = scorers or ()
+    judged = config.filters.judged()
+    refuse_unscored(judged, scorers)
     store = store or open_store(_output(config))
     store.check()
     settings = ScoreSettings(config.filters.resolved(), config.captions, config.crop)
 
-    units = list_units(config.inputs, executor)
+    # First: a set that is not there is to be found before the corpus is read and scored, not hours later.
+    evaluation = read_evaluation(config.decontaminate, executor)
+    units = list_units(config.inputs, executor, partial(progress, "read"))
     prefixes = [settings.prefix(unit.digest) for unit in units]
     uris = {unit.digest: unit.uri for unit in units}
 
     def within_budget(unit: Document) -> None:
         _refuse_over_budget(config.budget, uris[unit["unit"]], unit)
 
-    scored = _run(executor, partial(score_unit, store, settings), units, "score", progress, within_budget)
+    scored = _run(
+        executor, partial(_score, store, settings), units, "score", progress, within_budget, lambda unit: unit["in"]
+    )
     by_digest = {unit["unit"]: unit for unit in scored}
     scored = [by_digest[unit.digest] for unit in units]
+    for pool in scorers:
+        _run_scorer(pool, store, scored, prefixes, progress)
 
-    progress("judge", 0, 1)
-    keep = judge(store, prefixes, scored, config.seed)
+    judging = JudgeSettings(
+        config.seed,
+        config.dedup.exact,
+        config.dedup.near,
+        judged,
+        tuple(digests_in_force(judged, scorers)),
+        evaluation.rules if evaluation else None,
+    )
+    keep = judge(store, prefixes, scored, judging, executor, partial(progress, "judge"), evaluation)
     funnel = _funnel(scored, keep)
-    progress("judge", 1, 1)
-
-    identity = _identity(config, scored, keep)
-    plans = list(plan_shards(digest_of(identity), keep, prefixes, config.shard_rows))
-    shards = _run(executor, partial(emit_shard, store), plans, "emit", progress)
+    identity = _identity(config, scored, keep, judging)
+    plans = plan_shards(digest_of(identity), keep, prefixes, config.shard_rows)
+    shards = _run(
+        executor,
+        partial(_emit, store),
+        plans,
+        "emit",
+        progress,
+        images_in=lambda group: group[0]["file"]["rows"],
+        total=-(-len(keep) // config.shard_rows),
+    )
     families = [
         commit_family(
             store,
@@ -85,14 +121,18 @@ def build_corpus(
         for name, family in FAMILIES.items()
     ]
     facts = {
-        "config": config.model_dump(mode="json", exclude={"output", "executor"}),
+        "config": config.model_dump(mode="json", exclude=NOT_OF_CONTENT),
         "units": [
-            {"digest": unit["unit"], "bytes": unit["bytes"], "in": unit["in"], "out": unit["out"]} for unit in scored
+            {"digest": unit["unit"], "uri": uris[unit["unit"]], "folder": prefix.rstrip("/")}
+            | {key: unit[key] for key in ("bytes", "in", "out")}
+            for prefix, unit in zip(prefixes, scored, strict=True)
         ],
         "funnel": funnel,
+        "dropped_rows": keep.write_dropped(f"judge/{digest_of(identity)[:16]}/dropped.parquet"),
         "quarantined": sum(unit["quarantined"] for unit in scored),
     }
     manifest = commit_dataset(store, identity, families, facts)
+    keep.remove_scratch()
     return summary(Dataset(store, f"datasets/{manifest['id']}/", manifest))
 
 
@@ -122,9 +162,11 @@ def sweep_build(store: ObjectStore, prefix: str = "") -> int:
     """
     swept = store.sweep_uploads(prefix, owned=lambda key: key.startswith(OWN_FOLDERS))
     keys = [info.key for info in store.list(prefix)]
+    datasets = {id_[:16] for id_ in dataset_ids(store)}
     for key in keys:
         committed_by = _manifest_of(key)
-        if committed_by is not None and not store.exists(committed_by):
+        left_by_judge = key.startswith("judge/") and key.split("/")[1] not in datasets
+        if left_by_judge or (committed_by is not None and not store.exists(committed_by)):
             store.delete(key)
             swept += 1
     return swept
@@ -133,6 +175,8 @@ def sweep_build(store: ObjectStore, prefix: str = "") -> int:
 def _manifest_of(key: str) -> str | None:
     """The manifest without which an object is a leftover; None for manifests and for what the builder does not own."""
     parts = key.split("/")
+    if (scores_manifest := is_committed_by(key)) is not None:
+        return scores_manifest
     if parts[0] == "units" and len(parts) == 3 and parts[2] != "manifest.json":
         return f"units/{parts[1]}/manifest.json"
     if parts[0] == "datasets" and len(parts) == 4 and key.endswith(".arrow"):
@@ -140,22 +184,58 @@ def _manifest_of(key: str) -> str | None:
     return None
 
 
+def _score(store: ObjectStore, settings: ScoreSettings, unit: Unit) -> Document:
+    """A unit's manifest without the places of its batches, which of 1e5 units would fill the driver's memory."""
+    return {key: value for key, value in score_unit(store, settings, unit).items() if key != "rows"}
+
+
+def _emit(store: ObjectStore, plan: ShardPlan) -> list[Document]:
+    """The manifests of a shard, without the places of its batches for the same reason."""
+    manifests_ = emit_shard(store, plan)
+    return [
+        {"family": manifest["family"], "shard": manifest["shard"]}
+        | {"file": {key: value for key, value in manifest["file"].items() if key != "batches"}}
+        for manifest in manifests_
+    ]
+
+
 def _run(
     executor: Executor,
     function: Callable[[Any], Any],
-    items: Sequence[Any],
+    items: Iterable[Any],
     stage: str,
     progress: Progress,
     check: Callable[[Any], None] = lambda result: None,
+    images_in: Callable[[Any], int] = lambda result: 0,
+    total: int | None = None,
 ) -> list[Any]:
-    """All results, in order of completion; `check` may refuse each as it comes, before more work is done."""
+    """All results, in order of completion; `check` may refuse each as it comes, before more work is done.
+
+    `total` is the number of items where they are not a sequence.
+    """
     results: list[Any] = []
-    progress(stage, 0, len(items))
+    images = 0
+    total = len(items) if isinstance(items, Sequence) else total or 0
+    progress(stage, 0, total)
     for result in executor.map(function, items):
         check(result)
         results.append(result)
-        progress(stage, len(results), len(items))
+        images += images_in(result)
+        progress(stage, len(results), total, images)
     return results
+
+
+def _run_scorer(
+    pool: ScorerPool, store: ObjectStore, scored: Sequence[Document], prefixes: Sequence[str], progress: Progress
+) -> None:
+    """Have every unit that kept rows scored; the results are read from the store."""
+    rows_of = {unit["unit"]: unit["out"] for unit in scored}
+    todo = [prefix for prefix, unit in zip(prefixes, scored, strict=True) if unit["out"]]
+    images = 0
+    progress("scorers", 0, len(todo))
+    for done, scores in enumerate(pool.map(store, todo), start=1):
+        images += rows_of[scores["unit"]]
+        progress("scorers", done, len(todo), images)
 
 
 def _output(config: CorpusConfig) -> str:
@@ -190,12 +270,15 @@ def _funnel(scored: Sequence[Document], keep: KeepList) -> Document:
     return funnel
 
 
-def _identity(config: CorpusConfig, scored: Sequence[Document], keep: KeepList) -> Document:
+def _identity(config: CorpusConfig, scored: Sequence[Document], keep: KeepList, judging: JudgeSettings) -> Document:
     """What the dataset id is the digest of: content and rules, no paths, times or numbers of workers."""
     return {
         "version": IDENTITY_VERSION,
         "units": sorted(unit["unit"] for unit in scored),
         "filters": asdict(config.filters.resolved()),
+        "judged": asdict(judging),
+        "dedup": DEDUP_VERSION,
+        "records": RECORDS_VERSION,
         "captions": config.captions,
         "crop": config.crop,
         "tokenizer": TOKENIZER_SHA256,

@@ -1,7 +1,8 @@
 """Corpus configuration: what a corpus is built from and what is left out of it.
 
-Always holds: a dataset's content depends on `inputs` (by content), `filters`, `seed` and `shard_rows` alone; `output`,
-`budget` and `executor` decide where, whether and how fast. Called by the command line and the corpus builder.
+Always holds: a dataset's content depends on `inputs` and `scorers` (by content) and on the other settings, but for
+`output`, `budget` and `executor`, which decide where, whether and how fast. Called by the command line and the corpus
+builder.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from pydantic import Field
 
 from data_pipeline.captions import CaptionPolicy
 from data_pipeline.config import Settings, state_folder
+from data_pipeline.decontaminate import DecontaminateSettings
+from data_pipeline.dedup import DedupSettings
 from data_pipeline.filters import FilterSettings
 from data_pipeline.images import Crop
+from data_pipeline.scorers import ScorerSettings
 from data_pipeline.sources import Input
 
 
@@ -32,6 +36,9 @@ class CorpusConfig(Settings):
     captions: CaptionPolicy = "first"  # of a picture that has several
     crop: Crop = "centre"
     filters: FilterSettings = FilterSettings()
+    scorers: tuple[ScorerSettings, ...] = ()  # models that add columns to what the score pass kept; see filters.scores
+    decontaminate: DecontaminateSettings = DecontaminateSettings()
+    dedup: DedupSettings = DedupSettings()
     budget: float | None = Field(default=0.05, ge=0, le=1)  # largest bad share of a unit's records; null: any
     executor: ExecutorSettings = ExecutorSettings()
     seed: int = Field(default=0, ge=0)  # of the shuffle

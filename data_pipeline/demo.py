@@ -2,7 +2,7 @@
 
 Always holds: the same pictures, captions and split on every machine; a caption is the Unicode name of the emoji and the
 colour of the plain ground it is drawn on ("red apple on a blue ground"), and nothing else varies; all pictures of one
-emoji are on the same side of the split. Pictures: OpenMoji, CC BY-SA 4.0. Called by sources.py (kind `demo`, uri
+emoji are on the same side of the split. Pictures: OpenMoji, CC BY-SA 4.0. Called by sources (kind `demo`, uri
 `train` or `heldout`); evaluations use GROUNDS.
 """
 

@@ -33,14 +33,17 @@ class ShardPlan:
     unit_of: Sequence[int]
     rows: Sequence[int]
 
+    @property
+    def name(self) -> str:
+        return f"shard {self.index}"
+
 
 def plan_shards(dataset_id: str, keep: KeepList, prefixes: Sequence[str], shard_rows: int) -> Iterator[ShardPlan]:
     """One plan for each `shard_rows` rows of the keep list; a plan names only the units that it needs."""
-    for index, start in enumerate(range(0, len(keep), shard_rows)):
-        part = slice(start, start + shard_rows)
-        needed, unit_of = np.unique(keep.units[part], return_inverse=True)
-        units = tuple(prefixes[number] for number in needed)
-        yield ShardPlan(dataset_id, index, units, keep.ids[part].tolist(), unit_of.tolist(), keep.rows[part].tolist())
+    for index, part in enumerate(keep.slices(shard_rows)):
+        needed, unit_of = np.unique(part["unit"], return_inverse=True)
+        units = tuple(prefixes[number] for number in needed.tolist())
+        yield ShardPlan(dataset_id, index, units, part["id"].tolist(), unit_of.tolist(), part["row"].tolist())
 
 
 def emit_shard(store: ObjectStore, plan: ShardPlan) -> list[Document]:
@@ -68,7 +71,7 @@ def _gather(plan: ShardPlan, family: Family, staged: Sequence[StagedUnit]) -> It
         places = range(start, min(start + BATCH_ROWS, len(plan.ids)))
         rows = [staged[plan.unit_of[place]].row(family, plan.rows[place]) for place in places]
         for place, row in zip(places, rows, strict=True):
-            if row["id"] != plan.ids[place]:
+            if (found := int.from_bytes(row["id"], "little")) != plan.ids[place]:
                 name = f"{plan.units[plan.unit_of[place]]}rows.arrow row {plan.rows[place]}"
-                raise damaged(name, f"id {plan.ids[place]:016x}", f"{row['id']:016x}")
+                raise damaged(name, f"id {plan.ids[place]:016x}", f"{found:016x}")
         yield pa.RecordBatch.from_arrays([column_of(field, rows) for field in family.schema], schema=family.schema)

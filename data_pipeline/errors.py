@@ -7,7 +7,10 @@ with `exit_code`; any other exception is a defect of Glidepath and keeps its tra
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 class UserError(Exception):
@@ -17,7 +20,8 @@ class UserError(Exception):
 
     def __init__(self, name: str, expected: str, found: str, next_step: str) -> None:
         self.name, self.expected, self.found, self.next_step = name, expected, found, next_step
-        super().__init__(f"{name}: expected {expected}, found {found}; {next_step}")
+        # A name out of an input may hold line breaks, and what a terminal takes for commands.
+        super().__init__(CONTROLS.sub(" ", f"{name}: expected {expected}, found {found}; {next_step}"))
 
     def fields(self) -> tuple[str, str, str, str]:
         """What `UserError(...)` takes, to say the same in another process."""

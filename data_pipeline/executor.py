@@ -8,11 +8,12 @@ builder; the cluster floor provides one that runs Ray tasks.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, Protocol, TypeVar
 
 from data_pipeline.errors import UserError
@@ -20,6 +21,7 @@ from data_pipeline.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+NAME_CHARACTERS = 80
 IN_FLIGHT_PER_WORKER = 2  # one running, one waiting, so that a worker that finishes never waits for the driver
 
 
@@ -54,7 +56,7 @@ class InlineExecutor:
             return
         if self._pool is None:
             # spawn: a forked child inherits locks held by threads (arrow, opencv, a caller's) and can hang on them.
-            self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=one_thread)
+            self._pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_become_worker)
         try:
             yield from _in_completion_order(self._pool, function, iter(items), self.workers * IN_FLIGHT_PER_WORKER)
         except BrokenProcessPool:
@@ -79,6 +81,25 @@ def _in_completion_order(
     finally:
         for future in pending:
             future.cancel()
+
+
+def _become_worker() -> None:
+    one_thread()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's process waits for its next item for ever when its parent was killed: no one closes the queue."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def name_of(item: Any) -> str:
+    """What people know an item by: its `name`, else a shortened form of all of it."""
+    name = getattr(item, "name", None)
+    return name if isinstance(name, str) else repr(item)[:NAME_CHARACTERS]
 
 
 def one_thread() -> None:

@@ -1,17 +1,20 @@
-"""Families: the columns of a dataset, grouped by who reads them.
+"""Families: the columns of a dataset, grouped by who reads them: those built with it, and those added to it later.
 
 Always holds: all families of a dataset have the same rows in the same order under the same ids; a family's producer
-digest changes whenever the same source could give other columns. Called by the corpus builder, readers and verify.
+digest changes whenever the same source could give other columns. Called by the corpus builder, enrich, readers and
+verify.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
 from data_pipeline import images
 from data_pipeline.captions import CAPTION_VERSION
+from data_pipeline.clip_tokenizer import CLIP_CONTEXT_TOKENS
 from data_pipeline.manifests import digest_of
 from data_pipeline.tokenizer import CONTEXT_TOKENS, TOKENIZER_SHA256
 
@@ -33,10 +36,12 @@ TEXT_COLUMNS = [
 
 @dataclass(frozen=True)
 class Family:
-    """One folder of columns. The id comes first in every schema."""
+    """One folder of columns. The id comes first in every schema. `made_from`: for an added family, the digests and
+    versions of all that its columns depend on besides the rows; a JSON value."""
 
     name: str
     schema: pa.Schema
+    made_from: Any = None
 
     @property
     def fingerprint(self) -> str:
@@ -46,9 +51,11 @@ class Family:
     @property
     def producer(self) -> str:
         """sha256 of all that made these columns from the source."""
-        return digest_of([self.name, self.fingerprint, TOKENIZER_SHA256, CODEC_VERSIONS])
+        made_from = [TOKENIZER_SHA256, CODEC_VERSIONS] if self.made_from is None else self.made_from
+        return digest_of([self.name, self.fingerprint, made_from])
 
 
+# Built with the dataset, from the same decoded picture.
 FAMILIES = {
     family.name: family
     for family in (
@@ -77,3 +84,31 @@ FAMILIES = {
         ),
     )
 }
+
+# Added to a finished dataset by enrich.py, which says what they are made from.
+ADDED_FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "tokens_clip",
+            pa.schema(
+                [
+                    pa.field("id", pa.uint64(), nullable=False),
+                    pa.field("tokens", pa.list_(pa.uint16(), CLIP_CONTEXT_TOKENS), nullable=False),
+                    pa.field("n_tokens", pa.uint16(), nullable=False),
+                ]
+            ),
+        ),
+        Family(
+            "labels",
+            pa.schema(
+                [
+                    pa.field("id", pa.uint64(), nullable=False),
+                    pa.field("label", pa.int32(), nullable=False),  # -1: the row has none
+                ]
+            ),
+        ),
+    )
+}
+
+KNOWN_FAMILIES = FAMILIES | ADDED_FAMILIES

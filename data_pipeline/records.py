@@ -1,6 +1,6 @@
 """What readers hand to the score pass: one captioned picture, or one that could not be read and why.
 
-Always holds: keys are valid text and unique within a unit; nothing here has been decoded or judged yet.
+Always holds: keys are valid text, those of Records unique within a unit; nothing here has been decoded or judged yet.
 """
 
 from __future__ import annotations
@@ -25,10 +25,25 @@ IMAGE_SUFFIXES = (
     "ppm",
     "tga",
     "mpo",
+    # Of these some are in formats that are not read; their records are then counted for that, not passed over.
+    "jpe",
+    "dib",
+    "pbm",
+    "pgm",
+    "pnm",
+    "ico",
+    "heic",
+    "heif",
+    "jxl",
 )
+
+# Raise it when the same input content can give other records than before: it stands in the dataset's identity.
+RECORDS_VERSION = "records-2"
 
 # Larger than any picture that is decoded afterwards, small enough that a lying header cannot fill the memory.
 FILE_LIMIT_BYTES = 128 * 2**20
+# Of a caption's file, of a json file and of a line of a jsonl: the captions of a unit are in memory together.
+TEXT_LIMIT_BYTES = 2**20
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ family's manifest, all families before the dataset's; a reader starts at the dat
 dataset. Data without a manifest is ignored and may be swept. Called by the corpus builder, the loader and the commands.
 
     datasets/<dataset id>/manifest.json              identity, rows, families, configuration, funnel
-    datasets/<dataset id>/<family>/manifest.json     producer, schema, every shard's rows, bytes and sha256
+    datasets/<dataset id>/<family>/manifest.json     producer, schema, every shard's rows, bytes and blake3
     datasets/<dataset id>/<family>/shard-00000.arrow and .json     rows; where each batch lies, with its crc32
 """
 
@@ -19,16 +19,24 @@ from typing import Any
 import pyarrow as pa
 
 from data_pipeline import manifests
-from data_pipeline.arrow_files import BATCH_ROWS, ArrowFile, ArrowReader, ShardDamaged, damaged, sha256_of, write_arrow
+from data_pipeline.arrow_files import (
+    BATCH_ROWS,
+    ArrowFile,
+    ArrowReader,
+    ShardDamaged,
+    damaged,
+    digest_of_object,
+    write_arrow,
+)
 from data_pipeline.errors import UserError
-from data_pipeline.families import FAMILIES, Family
+from data_pipeline.families import KNOWN_FAMILIES, Family
 from data_pipeline.manifests import Document
 from data_pipeline.storage import ObjectStore, open_store
 from data_pipeline.tokenizer import TOKENIZER_SHA256
 
 __all__ = ["Bad", "Dataset", "ShardDamaged", "ShardReader", "open_dataset", "verify_dataset"]
 
-FORMAT = "glidepath-dataset-1"
+FORMAT = "glidepath-dataset-2"
 OPEN_SHARDS = 256
 
 
@@ -63,6 +71,11 @@ class Dataset:
         # Readers are kept, so that a batch is checked once and not at every use. Bounded: each holds a mapped file.
         self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
+    @property
+    def uri(self) -> str:
+        """What opens it again."""
+        return f"{self.store.uri}/{self.prefix}".rstrip("/")
+
     def families(self) -> tuple[str, ...]:
         """Names of the committed families, those that were added to the finished dataset included."""
         depth = self.prefix.count("/") + 2
@@ -73,7 +86,7 @@ class Dataset:
         """Shard `index` of a family. Raises UserError for a family that is not there, ShardDamaged."""
         description = self.shard_file(family, index)
         key = f"{self.prefix}{family}/{shard_name(index)}.arrow"
-        return ShardReader(self.store, key, FAMILIES[family].schema, description)
+        return ShardReader(self.store, key, KNOWN_FAMILIES[family].schema, description)
 
     def shard_file(self, family: str, index: int) -> ArrowFile:
         """What the shard's manifest says of its file. Raises as `shard` does."""
@@ -81,9 +94,9 @@ class Dataset:
         key = f"{self.prefix}{family}/{entry['name']}"
         document = manifests.read(self.store, f"{key}.json")
         description = ArrowFile.from_json(document["file"]) if document else None
-        if description is None or description.sha256 != entry["sha256"]:
-            found = f"sha256 {description.sha256}" if description else "no manifest"
-            raise damaged(f"{self.store.uri}/{key}.json", f"sha256 {entry['sha256']}", found)
+        if description is None or description.blake3 != entry["blake3"]:
+            found = f"blake3 {description.blake3}" if description else "no manifest"
+            raise damaged(f"{self.store.uri}/{key}.json", f"blake3 {entry['blake3']}", found)
         return description
 
     def family_manifest(self, family: str) -> Document:
@@ -91,8 +104,10 @@ class Dataset:
         if family not in self._families:
             name = f"dataset {self.id[:12]} family {family}"
             document = manifests.read(self.store, f"{self.prefix}{family}/manifest.json")
-            if document is None or family not in FAMILIES:
+            if document is None or family not in KNOWN_FAMILIES:
                 raise UserError(name, f"one of {', '.join(self.families())}", "no such family", "choose one of them")
+            if document["dataset_id"] != self.id:
+                raise UserError(name, "one of this dataset", f"one of {document['dataset_id'][:12]}", "enrich it again")
             committed = self.manifest["families"].get(family, document["sha256"])
             if document["sha256"] != committed:
                 raise UserError(
@@ -128,6 +143,16 @@ def open_from(store: ObjectStore) -> Dataset:
         expected, found = f"tokenizer {TOKENIZER_SHA256[:12]}", identity["tokenizer"][:12]
         raise UserError(name, expected, found, "build the dataset again with this version")
     return Dataset(store, prefix, manifest)
+
+
+def output_of(dataset: Dataset) -> ObjectStore:
+    """The store of the output folder in which a dataset lies. Raises UserError if it does not lie in one."""
+    if dataset.prefix:
+        return dataset.store
+    folder = f"/datasets/{dataset.id}"
+    if not dataset.store.uri.endswith(folder):
+        raise UserError(f"dataset {dataset.store.uri}", f"a folder named …{folder}", "another name", "move it there")
+    return open_store(dataset.store.uri.removesuffix(folder))
 
 
 def dataset_ids(store: ObjectStore) -> list[str]:
@@ -177,7 +202,7 @@ def read_shard_manifest(store: ObjectStore, dataset_id: str, family: Family, ind
 def commit_family(store: ObjectStore, dataset_id: str, family: Family, shards: list[Document]) -> Document:
     """The family's manifest, from the manifests of all its shards."""
     entries = [
-        {"name": shard_name(shard["shard"])} | {key: shard["file"][key] for key in ("rows", "bytes", "sha256")}
+        {"name": shard_name(shard["shard"])} | {key: shard["file"][key] for key in ("rows", "bytes", "blake3")}
         for shard in sorted(shards, key=lambda shard: shard["shard"])
     ]
     document = {
@@ -226,11 +251,13 @@ def _bad_in(dataset: Dataset, family: str) -> Iterator[Bad]:
     except UserError as error:
         yield Bad(error.name, error.expected, error.found)
         return
+    if (found_rows := [entry["rows"] for entry in entries]) != list(dataset.shard_rows):
+        yield Bad(f"{dataset.store.uri}/{dataset.prefix}{family}", f"rows {list(dataset.shard_rows)}", str(found_rows))
     for index, entry in enumerate(entries):
         key = f"{dataset.prefix}{family}/{entry['name']}.arrow"
-        found = sha256_of(dataset.store, key)
-        if found != entry["sha256"]:
-            yield Bad(f"{dataset.store.uri}/{key}", f"sha256 {entry['sha256']}", found or "nothing")
+        found = digest_of_object(dataset.store, key)
+        if found != entry["blake3"]:
+            yield Bad(f"{dataset.store.uri}/{key}", f"blake3 {entry['blake3']}", found or "nothing")
         try:
             dataset.shard_file(family, index)
         except UserError as error:

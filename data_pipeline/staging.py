@@ -8,12 +8,13 @@ shard. Written by the score pass, read by the emit pass.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
-import numpy as np
 import pyarrow as pa
+from typing_extensions import Buffer
 
 from data_pipeline.arrow_files import BATCH_ROWS, ArrowFile, ArrowReader, damaged
 from data_pipeline.families import FAMILIES, Family
@@ -25,8 +26,8 @@ _COLUMNS = {field.name: field for family in FAMILIES.values() for field in famil
 _CHECKSUMS = [pa.field(f"{name}_crc32", pa.uint32(), nullable=False) for name in FAMILIES]
 STAGED_SCHEMA = pa.schema([*_COLUMNS.values(), *_CHECKSUMS])
 
-# One row of one family: column name -> value as bytes, except `id` and `n_tokens`, which are integers.
-Row = dict[str, Any]
+# One row of one family: column name -> the value's bytes as Arrow holds them; numbers are little-endian.
+Row = Mapping[str, Buffer]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Survivor:
 def stage(survivors: Sequence[Survivor]) -> pa.RecordBatch:
     """The staged batch of at most BATCH_ROWS survivors; their captions are tokenised together."""
     tokens, n_tokens = encode_batch([survivor.caption for survivor in survivors])
-    rows = [
+    rows: list[Row] = [
         {
-            "id": survivor.id,
+            "id": survivor.id.to_bytes(8, "little"),
             "caption": survivor.caption.encode(),
-            "tokens": tokens[index].tobytes(),
-            "n_tokens": int(n_tokens[index]),
+            "tokens": memoryview(tokens[index]).cast("B"),
+            "n_tokens": n_tokens[index].tobytes(),
             "image64": survivor.image64.tobytes(),
             "image256": survivor.image256,
         }
@@ -59,24 +60,22 @@ def stage(survivors: Sequence[Survivor]) -> pa.RecordBatch:
 
 
 def column_of(field: pa.Field, rows: Sequence[Row]) -> pa.Array:
-    """The Arrow column of one field from rows of bytes and integers."""
+    """The Arrow column of one field from rows of bytes, put together without a Python object per number."""
     values = [row[field.name] for row in rows]
+    data = pa.py_buffer(b"".join(values))
     if pa.types.is_fixed_size_list(field.type):
-        dtype = np.dtype(str(field.type.value_type))
-        flat = pa.array(np.frombuffer(b"".join(values), dtype))
+        numbers = len(rows) * field.type.list_size
+        flat = pa.Array.from_buffers(field.type.value_type, numbers, [None, data])
         return pa.FixedSizeListArray.from_arrays(flat, type=field.type)
-    if pa.types.is_string(field.type):
-        return pa.array([value.decode() for value in values], field.type)
-    return pa.array(values, field.type)
+    if pa.types.is_string(field.type) or pa.types.is_binary(field.type):
+        ends = array("i", accumulate((memoryview(value).nbytes for value in values), initial=0))
+        return pa.Array.from_buffers(field.type, len(rows), [None, pa.py_buffer(ends), data])
+    return pa.Array.from_buffers(field.type, len(rows), [None, data])
 
 
 def crc32_of(family: Family, row: Row) -> int:
     """crc32 over the family's values in the order of its schema."""
-    crc = 0
-    for name in family.schema.names:
-        value = row[name]
-        crc = zlib.crc32(value.to_bytes(8, "little") if isinstance(value, int) else value, crc)
-    return crc
+    return zlib.crc32(b"".join([row[name] for name in family.schema.names]))
 
 
 class StagedUnit:
@@ -84,29 +83,43 @@ class StagedUnit:
 
     def __init__(self, store: ObjectStore, key: str, file: ArrowFile) -> None:
         self._reader = ArrowReader(store, key, STAGED_SCHEMA, file, check_batches=False)
-        self._batches: dict[int, pa.RecordBatch] = {}
+        self._batches: dict[int, dict[str, _Values]] = {}
 
     def row(self, family: Family, index: int) -> Row:
-        """One row's values for one family. Raises ShardDamaged."""
+        """One row's values for one family, sharing the mapped memory. Raises ShardDamaged."""
         number, place = divmod(index, BATCH_ROWS)
-        try:
-            if number not in self._batches:
-                self._batches[number] = self._reader.batch(number)
-            batch = self._batches[number]
-            row = {name: _value(batch.column(name), place) for name in family.schema.names}
-            expected = batch.column(f"{family.name}_crc32")[place].as_py()
-        except (pa.ArrowException, OSError) as error:
-            raise damaged(f"{self._reader.name} row {index}", "an Arrow batch", str(error)) from None
+        columns = self._batches.get(number) or self._open_batch(number)
+        row = {name: columns[name].at(place) for name in family.schema.names}
+        expected = int.from_bytes(columns[f"{family.name}_crc32"].at(place), "little")
         if (found := crc32_of(family, row)) != expected:
             self._reader.distrust()
             raise damaged(f"{self._reader.name} row {index}", f"crc32 {expected:08x}", f"{found:08x}")
         return row
 
+    def _open_batch(self, number: int) -> dict[str, _Values]:
+        try:
+            batch = self._reader.batch(number)
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(f"{self._reader.name} batch {number}", "an Arrow batch", str(error)) from None
+        self._batches[number] = {field.name: _Values(batch.column(field.name)) for field in STAGED_SCHEMA}
+        return self._batches[number]
 
-def _value(column: pa.Array, place: int) -> Any:
-    if pa.types.is_fixed_size_list(column.type):
-        width = column.type.list_size
-        return column.values.to_numpy()[place * width : (place + 1) * width].tobytes()
-    if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
-        return column[place].as_buffer().to_pybytes()
-    return column[place].as_py()
+
+class _Values:
+    """The bytes of each value of a column without nulls. Damaged offsets give wrong bytes, never a crash."""
+
+    def __init__(self, column: pa.Array) -> None:
+        data = column.buffers()[-1]
+        self._data = memoryview(data if data is not None else b"").cast("B")
+        self._ends, self._width = None, 0
+        if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+            self._ends = memoryview(column.buffers()[1]).cast("B").cast("i")
+        elif pa.types.is_fixed_size_list(column.type):
+            self._width = column.type.list_size * column.type.value_type.bit_width // 8
+        else:
+            self._width = column.type.bit_width // 8
+
+    def at(self, place: int) -> memoryview:
+        if self._ends is not None:
+            return self._data[self._ends[place] : self._ends[place + 1]]
+        return self._data[place * self._width : (place + 1) * self._width]

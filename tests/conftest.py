@@ -59,7 +59,7 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     for number, record in zip(range(PICTURES), demo.read_slice("heldout", 0), strict=False):
         (folder / f"{number:03d}.png").write_bytes(record.image_bytes)
-        (folder / f"{number:03d}.txt").write_bytes(record.caption)
+        (folder / f"{number:03d}.txt").write_bytes(record.captions[0])
     return folder
 
 

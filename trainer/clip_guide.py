@@ -63,17 +63,7 @@ class ClipGuide:
     def scores(self, images: Pixels, prompts: Sequence[str]) -> NDArray[np.float64]:
         """Cosine of each picture uint8 [b, H, W, 3] and its prompt, float64 [b] in [-1, 1], without noise, told the
         first timestep."""
-        pictures = reduced(images, self.recipe.config.model.image_size)
-        batch = {
-            "images": pictures,
-            "noise": torch.zeros_like(pictures),
-            "timesteps": torch.zeros(len(pictures), dtype=torch.int64),
-            **self.recipe.captions(prompts),
-        }
-        with torch.no_grad():
-            on_its_device = on_device(batch, next(self._model.parameters()).device)
-            images_BE, captions_BE = self.recipe.directions({PART: self._model}, on_its_device)
-        return (images_BE * captions_BE).sum(dim=1).double().cpu().numpy()
+        return similarities(self.recipe, self._model, images, prompts)
 
     def tokens_of(self, prompt: str) -> int:
         """How many tokens a prompt has, start and end included, however many the model reads."""
@@ -83,6 +73,23 @@ class ClipGuide:
     def context(self) -> int:
         """How many tokens of a prompt the model reads."""
         return self.recipe.config.model.text_context
+
+
+def similarities(
+    recipe: NoisedClipRecipe, model: NoisedClip, images: Pixels, captions: Sequence[str]
+) -> NDArray[np.float64]:
+    """Cosine of each picture uint8 [b, H, W, 3] and its caption, float64 [b] in [-1, 1], without noise, told the first
+    timestep."""
+    pictures = reduced(images, recipe.config.model.image_size)
+    batch = {
+        "images": pictures,
+        "noise": torch.zeros_like(pictures),
+        "timesteps": torch.zeros(len(pictures), dtype=torch.int64),
+        **recipe.captions(captions),
+    }
+    with torch.no_grad():
+        images_BE, captions_BE = recipe.directions({PART: model}, on_device(batch, next(model.parameters()).device))
+    return (images_BE * captions_BE).sum(dim=1).double().cpu().numpy()
 
 
 def longest_tokens(prompt: str) -> int:

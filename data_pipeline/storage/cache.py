@@ -3,7 +3,7 @@
 Always holds: a file has its final name only when it is whole; a name stands for one content for ever, so nothing is
 ever refreshed. Several processes share the folder. Each locks the file that it fills, and the kernel takes that lock
 back when the process ends in whatever way, so a kill leaves neither a torn file nor a lock. Called by arrow_files.py
-and remote_tars.py.
+and sources/remote.py.
 """
 
 from __future__ import annotations

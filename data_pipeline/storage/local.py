@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from data_pipeline.errors import UserError
 from data_pipeline.storage.store import ObjectInfo, ObjectNotFound
 
+WRITEBACK_BYTES = 8 * 2**20
 TEMPORARY = ".upload-"  # then 32 hexadecimal digits, "-" and the name that the upload is for
 
 
@@ -137,8 +138,14 @@ class LocalStore:
 
     def _write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         with path.open("xb") as file:
+            begun, end = 0, 0
             for chunk in chunks:
                 file.write(chunk)
+                end += len(chunk)
+                if end - begun >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
+                    # Starts the writing to disk and does not wait: otherwise the flush at the end waits for all of it.
+                    os.posix_fadvise(file.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)
+                    begun = end
 
     def _sync(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)

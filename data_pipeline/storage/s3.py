@@ -334,6 +334,7 @@ def _new_client(process: int, environment: str, anonymous: bool, quick: bool) ->
     import boto3
     from botocore import UNSIGNED
     from botocore.config import Config
+    from botocore.handlers import add_expect_header
 
     config = Config(
         signature_version=UNSIGNED if anonymous else "s3v4",
@@ -346,7 +347,11 @@ def _new_client(process: int, environment: str, anonymous: bool, quick: bool) ->
         response_checksum_validation="when_required",
     )
     with _refusing_bad_settings():
-        return boto3.session.Session().client("s3", config=config)
+        client = boto3.session.Session().client("s3", config=config)
+    # Else each upload waits for the server's "100 Continue", and when the link is cut within that line botocore reads
+    # on for ever (AWSConnection._consume_headers), at full speed and without a timeout.
+    client.meta.events.unregister("before-call.s3", add_expect_header)
+    return client
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
+from data_pipeline.build import CorpusConfig, build_corpus
+from data_pipeline.config import parse
 from data_pipeline.storage import LocalStore
 from trainer.checkpoint.manifest import committed, read_manifest
 from trainer.stop import read_end
@@ -50,8 +54,11 @@ def die_once(number):
         return number
     os.kill(os.getpid(), signal.SIGKILL)
 
-def die(number):
-    os.kill(os.getpid(), signal.SIGKILL)
+def die_of_odd(number):
+    if number % 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (marks / f"done-{number}").touch()
+    return number
 
 def error_of(results):
     try:
@@ -71,10 +78,26 @@ with connected():
         "in_flight": in_flight,
         "refused": error_of(executor.map(refuse, range(100))),
         "retried": sorted(executor.map(die_once, range(3))),
-        "hopeless": error_of(executor.map(die, [1])),
+        "hopeless": error_of(executor.map(die_of_odd, range(5))),
+        "rest": sorted(path.name for path in marks.glob("done-*")),
         "after": list(executor.map(refuse, [1])),
     }
 print("FOUND", json.dumps(found))
+"""
+
+# Judges in tasks of 16 rows, so that each step is shared by several.
+CORPUS = """
+import json, sys
+from functools import partial
+from cluster.executors import RayExecutor
+from cluster.ray_cluster import connected
+from data_pipeline import build
+from data_pipeline.config import parse
+
+build.judge = partial(build.judge, task_rows=16)
+with connected():
+    values = json.loads(sys.argv[1])
+    print("BUILT", json.dumps(build.build_corpus(parse(build.CorpusConfig, values, "test"), RayExecutor(2))))
 """
 
 RUN = """
@@ -146,8 +169,44 @@ def test_tasks_keep_what_an_executor_promises_and_a_killed_one_is_tried_again(dr
     assert found["in_flight"] <= 3
     assert found["refused"] == "item 7: expected another, found this; give up"
     assert found["retried"] == [0, 1, 2] and found["after"] == [1]
-    assert found["hopeless"].startswith("corpus task: expected to live through one of 4 tries")
-    assert "retry: a corpus task died" in stderr
+    assert found["hopeless"].startswith("corpus tasks: expected to live through one of 4 tries, found 2 that died each")
+    assert "time: 1, 3;" in found["hopeless"] and found["rest"] == ["done-0", "done-2", "done-4"]
+    assert "retry: the task of 0 died" in stderr and "poison: the task of 3 died 4 times" in stderr
+
+
+def test_a_corpus_is_judged_by_many_tasks_as_in_one_process(
+    driver: Driver, picture_folder: Path, tmp_path: Path
+) -> None:
+    originals, copies, held_out = (tmp_path / name for name in ("originals", "copies", "held out"))
+    shutil.copytree(picture_folder, originals)
+    for folder in (copies, held_out):
+        folder.mkdir()
+    for path in sorted(originals.glob("*.png"))[::8]:
+        picture = Image.open(path)
+        picture.resize((picture.width * 2 // 3, picture.height * 2 // 3)).save(copies / path.name)
+        shutil.copy(path.with_suffix(".txt"), copies)
+    shutil.copy(sorted(originals.glob("*.png"))[1], held_out)
+    values = {
+        "inputs": [{"kind": "folder", "uri": str(folder)} for folder in (originals, copies)],
+        "filters": {"preset": "none", "max_caption_repeats": 3},
+        "dedup": {"near": 6},
+        "decontaminate": {"sets": [{"kind": "folder", "uri": str(held_out)}]},
+        "shard_rows": 32,
+    }
+    outputs = {name: str(tmp_path / name) for name in ("here", "ray")}
+    here = build_corpus(parse(CorpusConfig, values | {"output": outputs["here"]}, "test"))
+    stdout, _ = driver(CORPUS, json.dumps(values | {"output": outputs["ray"]})).communicate(timeout=120)
+    assert "BUILT" in stdout, (tmp_path / "stderr").read_text()
+    there = json.loads(stdout.rpartition("BUILT ")[2])
+    assert there["dataset_id"] == here["dataset_id"] and there["funnel"] == here["funnel"]
+    assert here["funnel"]["dropped"]["near_duplicate"] >= 6 and here["funnel"]["dropped"]["evaluation_source"] == 1
+    assert objects_of(outputs["ray"], "judge/") == objects_of(outputs["here"], "judge/")
+    assert objects_of(outputs["ray"], "datasets/") == objects_of(outputs["here"], "datasets/")
+
+
+def objects_of(output: str, prefix: str) -> dict[str, bytes]:
+    store = LocalStore(Path(output))
+    return {info.key: store.get(info.key) for info in store.list(prefix)}
 
 
 def test_a_killed_worker_is_followed_by_an_attempt_that_ends_as_if_nothing_had_happened(

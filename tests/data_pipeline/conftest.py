@@ -13,6 +13,7 @@ import socket
 import socketserver
 import tarfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -41,7 +42,7 @@ def _shared(name: str) -> Path:
     return SHARED / name
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def messy() -> Path:
     return _shared("messy")
 
@@ -51,7 +52,7 @@ def photographs() -> Path:
     return _shared("corpus")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_jpeg() -> MakeJpeg:
     def make(seed: int, height: int = 72, width: int = 96) -> bytes:
         noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
@@ -143,7 +144,9 @@ class FaultyLink(socketserver.ThreadingTCPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.random = random.Random(0)
         self.cut_share = self.busy_share = 0.0
-        self.refuse_next = self.lose_next = self.cuts = self.busy = 0  # connections; answers; what happened so far
+        self.latency_s, self.down = 0.0, False  # before each chunk; connections are refused and live ones cut
+        self.refuse_next = self.lose_next = self.half_continue_next = 0  # connections; answers; connections
+        self.connections = self.refused = self.cuts = self.busy = 0  # what happened so far
 
 
 class _Connection(socketserver.BaseRequestHandler):
@@ -151,8 +154,15 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         link, client = self.server, self.request
-        if link.refuse_next > 0:
-            link.refuse_next -= 1
+        link.connections += 1
+        if link.down or link.refuse_next > 0:
+            link.refuse_next -= not link.down
+            link.refused += 1
+            return self._reset()
+        if link.half_continue_next > 0:
+            link.half_continue_next -= 1
+            client.recv(65536)
+            client.sendall(b"HTTP/1.1 100 Continue\r\n")
             return self._reset()
         if link.random.random() < link.busy_share:
             link.busy += 1
@@ -162,6 +172,9 @@ class _Connection(socketserver.BaseRequestHandler):
         with socket.create_connection(link.upstream) as upstream:
             threading.Thread(target=_copy, args=(client, upstream), daemon=True).start()
             while data := upstream.recv(65536):
+                time.sleep(link.latency_s)
+                if link.down:
+                    return self._reset()
                 if link.lose_next > 0 and not data.startswith(b"HTTP/1.1 100"):  # 100: go on, send the body
                     link.lose_next -= 1
                     return self._reset()

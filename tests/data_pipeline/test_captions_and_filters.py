@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from data_pipeline import captions
 from data_pipeline.captions import CaptionError, normalise
 from data_pipeline.filters import FILTERS, Facts, FilterSettings, reason_to_drop
 
@@ -28,6 +29,31 @@ settings_ = st.builds(
 def test_normalising_twice_changes_nothing(text: str) -> None:
     once = normalise(text.encode("utf-8", "replace"))
     assert normalise(once.encode()) == once
+
+
+@given(st.text(alphabet="&amp;#3x<br/>i ", max_size=200))
+def test_normalising_twice_changes_nothing_under_any_escaping(text: str) -> None:
+    once = normalise(text.encode())
+    assert normalise(once.encode()) == once
+
+
+def test_a_caption_that_is_escaped_over_and_over_is_refused_at_once() -> None:
+    assert normalise(b"&" + b"amp;" * 5 + b"lt;b&" + b"amp;" * 5 + b"gt;bold") == "bold"
+    with pytest.raises(CaptionError, match="escaped more than 8 times"):
+        normalise(b"&" + b"amp;" * 25_000)
+    assert normalise(b"&amp;" * 20_000) == "&" * 20_000
+    assert len(normalise(b"<a " * 33_000)) == 98_999
+
+
+@given(st.text(alphabet="a \u0301\u0316\u0345\u0f73\u0f71\u0344\u1e9b\u0323\u00e9\ufdfa\uac01\u11a8", max_size=60))
+def test_a_long_caption_is_normalised_as_a_short_one_is(text: str) -> None:
+    assert unicodedata.normalize("NFKC", captions._decomposed(text)) == unicodedata.normalize("NFKC", text)
+
+
+def test_a_row_of_combining_marks_takes_no_minutes() -> None:
+    # CPython sorts a row of marks in time that grows with its square: some 5 minutes for these.
+    marks = 240_000
+    assert normalise(("a" + "\u0301\u0316" * marks).encode()) == "\u00e1" + "\u0316" * marks + "\u0301" * (marks - 1)
 
 
 @given(st.text())
@@ -55,6 +81,15 @@ def test_bytes_are_normalised_or_refused_and_nothing_else(raw: bytes) -> None:
         ("zero\u200bwidth \u202eoverride".encode(), "zerowidth override"),
         ("family 👨\u200d👩\u200d👧".encode(), "family 👨\u200d👩\u200d👧"),
         (b"", ""),
+        (b"valentine&amp;amp;#39;s&nbsp;day", "valentine's day"),
+        (b"Orchid<br>Jungle <a href='http://x.org/y'>in <B>Yale</B></a> H<sub>2</sub>O", "Orchid Jungle in Yale H2O"),
+        (b"(&lt;i&gt;Truong Son&lt;/i&gt; / &copy;: WWF)", "(Truong Son / \u00a9: WWF)"),
+        ("full-width \uff06amp; &#8203;sign".encode(), "full-width & sign"),
+        (
+            b"R&region, I <3 you, a < b > c, AT&T; x, <|endoftext|>",
+            "R&region, I <3 you, a < b > c, AT&T; x, <|endoftext|>",
+        ),
+        (b"&#0;&#xD800;&#x110000;", "\ufffd\ufffd\ufffd"),
     ],
 )
 def test_known_captions(raw: bytes, caption: str) -> None:

@@ -35,10 +35,10 @@ def test_the_border_of_a_picture_shows_the_ground_that_its_caption_names() -> No
         assert isinstance(record, Record)
         pixels = images.decode(record.image_bytes)
         assert pixels.shape == (demo.SIDE, demo.SIDE, 3)
-        ground = record.caption.decode().split()[-2]
+        ground = record.captions[0].decode().split()[-2]
         border = np.concatenate([pixels[:12].reshape(-1, 3), pixels[:, -12:].reshape(-1, 3)])
-        assert (border == demo.GROUNDS[ground]).all(), record.caption
-        assert (pixels != demo.GROUNDS[ground]).any(axis=2).mean() > 0.02, record.caption
+        assert (border == demo.GROUNDS[ground]).all(), record.captions
+        assert (pixels != demo.GROUNDS[ground]).any(axis=2).mean() > 0.02, record.captions
 
 
 def test_captions_read_as_english() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +51,31 @@ def test_a_user_error_of_a_worker_is_raised_as_it_was(two_workers: InlineExecuto
     with pytest.raises(UserError, match="item 7: expected another, found this; give up"):
         list(two_workers.map(refuse, [7]))
     assert list(two_workers.map(square, [3])) == [9]
+
+
+DRIVER = """
+import os, time
+from data_pipeline.executor import InlineExecutor
+
+def pid_of(number):
+    time.sleep(0.1)
+    return os.getpid()
+
+if __name__ == "__main__":
+    with InlineExecutor(2) as executor:
+        for pid in executor.map(pid_of, range(1000)):
+            print(pid, flush=True)
+"""
+
+
+def test_the_processes_of_a_driver_that_is_killed_end(tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(DRIVER)
+    driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    pids = {driver.stdout.readline() for _ in range(10)}
+    driver.kill()
+    # Their end of the pipe closes only with them.
+    assert len(pids) >= 1 and driver.communicate(timeout=20)
 
 
 def test_a_killed_worker_is_reported_in_one_line() -> None:

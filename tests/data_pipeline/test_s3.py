@@ -247,3 +247,16 @@ def test_a_finished_upload_whose_object_is_gone_is_a_failure_of_the_store(swift_
     store._abort("swept", upload)
     with pytest.raises(StoreError, match="NoSuchUpload"):
         store._complete("swept", upload, [{"PartNumber": 1, "ETag": '"0123456789abcdef0123456789abcdef"'}], 1)
+
+
+def test_an_upload_whose_link_is_cut_within_the_word_to_go_on_ends_and_is_tried_again(
+    moto_uri: str, faulty_link: Callable[..., Any]
+) -> None:
+    link = faulty_link()
+    link.half_continue_next = 1
+    # In a thread of its own: what this guards against is a client that reads on for ever.
+    upload = threading.Thread(target=lambda: S3Store(moto_uri).put("object", [DATA[:1000]]), daemon=True)
+    upload.start()
+    upload.join(timeout=30)
+    assert not upload.is_alive() and link.half_continue_next == 0
+    assert S3Store(moto_uri).get("object") == DATA[:1000]

@@ -38,10 +38,10 @@ def batches(first: int, rows: int) -> list[pa.RecordBatch]:
     for start in range(first, first + rows, 256):
         values = [
             {
-                "id": number,
+                "id": number.to_bytes(8, "little"),
                 "caption": f"caption {number}".encode(),
                 "tokens": np.full(128, number, np.uint16).tobytes(),
-                "n_tokens": number % 129,
+                "n_tokens": (number % 129).to_bytes(2, "little"),
                 "image64": np.full(12288, number % 251, np.uint8).tobytes(),
             }
             for number in range(start, min(start + 256, first + rows))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import json
+import lzma
 import os
+import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import webdataset
 
-from data_pipeline.errors import UserError
+from data_pipeline.config import parse
+from data_pipeline.corpus import CorpusConfig
+from data_pipeline.errors import UsageError, UserError
 from data_pipeline.records import Record, Rejected
 from data_pipeline.sources import Input, list_units, read_records
 
@@ -32,7 +42,7 @@ def outcomes(records: list[Record | Rejected]) -> Counter[str]:
         ("derived__links_and_devices.tar", {"caption_missing": 1, "not_a_file": 3}),
         ("derived__missing_txt_json.tar", {"read": 11, "caption_missing": 1}),
         ("derived__path_traversal.tar", {"read": 1, "unsafe_name": 2}),
-        ("derived__truncated_mid_member.tar", {"read": 9, "caption_missing": 1, "tar_truncated": 1}),
+        ("derived__truncated_mid_member.tar", {"read": 9, "tar_truncated": 1}),
         ("derived__uppercase_ext_and_dirs.tar", {"read": 12}),
         ("webdataset__compressed.tar", {"image_missing": 3}),
         ("webdataset__sample.tgz", {"caption_missing": 90}),
@@ -79,7 +89,7 @@ def test_the_caption_in_json_is_used_by_img2dataset_alone(tmp_path: Path, make_t
         tmp_path / "a.tar", {"0.jpg": b"j", "0.json": b'{"caption": "a dog"}', "1.jpg": b"j", "1.json": b"["}
     )
     assert read("img2dataset", path)[0] == Record("0", b"j", (b"a dog",))
-    assert outcomes(read("img2dataset", path)) == {"read": 1, "caption_missing": 1}
+    assert outcomes(read("img2dataset", path)) == {"read": 1, "metadata_damaged": 1}
     assert outcomes(read("webdataset", path)) == {"caption_missing": 2}
 
 
@@ -99,10 +109,172 @@ def test_a_folder_is_read_without_following_links_or_opening_pipes(tmp_path: Pat
     os.mkfifo(folder / "d.jpg")
     assert read("folder", folder) == [
         Rejected("b.png", "caption_missing", "b.txt"),
-        Rejected("c.jpg", "not_a_file", "picture"),
-        Rejected("d.jpg", "not_a_file", "picture"),
+        Rejected("c.jpg", "not_a_file", "c.jpg: Too many levels of symbolic links"),
+        Rejected("d.jpg", "not_a_file", "d.jpg"),
         Record("inner/a.JPG", b"picture", (b"caption",)),
     ]
+
+
+def test_a_folder_within_that_cannot_be_listed_is_named_not_passed_over(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.jpg").write_bytes(b"picture")
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(
+        UserError, match=r"input folder .*closed: expected a folder that can be listed, found Permission"
+    ):
+        read("folder", tmp_path / "in")
+
+
+def zstandard(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard,
+}
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_a_packed_tar_is_read_as_the_plain_one_whatever_its_name_and_cut_anywhere(
+    tmp_path: Path, make_tar, make_jpeg, ending: str
+) -> None:
+    pictures = {f"{number}.jpg": make_jpeg(number, 240, 320) for number in range(30)}
+    captions = {f"{number}.txt": b"number %d" % number for number in range(30)}
+    plain = make_tar(tmp_path / "plain.tar", pictures | captions)  # a sample's files far from each other
+    expected = read("webdataset", plain)
+    packed = PACKERS[ending](plain.read_bytes())
+    for name in (f"a.tar.{ending}", "named.tar"):
+        path = tmp_path / name
+        path.write_bytes(packed)
+        assert read("webdataset", path) == expected
+    for cut in (len(packed) // 2, len(packed) - 30_000 // len(packed) - 40):
+        path.write_bytes(packed[:cut])
+        found = outcomes(read("webdataset", path))
+        assert set(found) <= {"read", "tar_truncated", "image_missing", "caption_missing", "tar_unreadable"}
+        assert found["tar_truncated"] + found["tar_unreadable"] > 0 or cut > len(packed) // 2
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_a_tar_packed_to_fill_the_disk_is_given_up(tmp_path: Path, ending: str, monkeypatch) -> None:
+    monkeypatch.setattr("data_pipeline.sources.compression.LIKELY_BYTES", 2**20)
+    header = tarfile.TarInfo("0.jpg")
+    header.size = 16 * 2**20
+    path = tmp_path / "a.tar"
+    path.write_bytes(PACKERS[ending](header.tobuf() + bytes(header.size)))
+    (rejected,) = read("webdataset", path)
+    assert isinstance(rejected, Rejected) and "bytes when unpacked" in rejected.detail
+
+
+def test_packed_members_are_unpacked_within_a_limit(tmp_path: Path, make_tar) -> None:
+    files = {
+        "0.jpg": b"j0", "0.txt.gz": gzip.compress(b"a caption"),
+        "1.JPG.gz": gzip.compress(b"j1"), "1.txt": b"another",
+        "2.jpg": b"j2", "2.txt.gz": gzip.compress(bytes(2**21)),
+        "3.jpg": b"j3", "3.txt.gz": gzip.compress(b"cut short")[:-9],
+        "4.jpg": b"j4", "4.txt": b"first", "4.txt.gz": gzip.compress(b"second"),
+        "5.jpg": b"j5", "5.txt": bytes(2**20 + 1),
+    }  # fmt: skip
+    found = read("webdataset", make_tar(tmp_path / "a.tar", files))
+    assert found[:2] == [Record("0", b"j0", (b"a caption",)), Record("1", b"j1", (b"another",))]
+    assert found[4] == Record("4", b"j4", (b"first",))
+    reasons = [(record.key, record.reason) for record in found if isinstance(record, Rejected)]
+    assert reasons == [("2", "file_too_large"), ("3", "file_damaged"), ("4", "duplicate_key"), ("5", "file_too_large")]
+
+
+def header_with_size(name: str, size: bytes) -> bytes:
+    """A tar header whose 12 bytes of size are as given, with its checksum right."""
+    data = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    data[124:136] = size
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
+def test_headers_made_to_trap_a_reader_end_it_at_once(tmp_path: Path) -> None:
+    sample = io.BytesIO()
+    with tarfile.open(fileobj=sample, mode="w") as tar:
+        for name in ("0.jpg", "0.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    good = sample.getvalue()[:2048]
+    backwards = header_with_size("1.jpg", b"\xff" * 10 + b"\xf6\x00")  # -2560: the first header again, for ever
+    huge = header_with_size("1.jpg", b"\x80" + b"\x7f" * 11)
+    digits = tarfile.TarInfo("x")
+    digits.type, digits.size = tarfile.XHDTYPE, 60_000
+    slow = digits.tobuf() + b"1" * 60_416
+    long = tarfile.TarInfo("x")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 2**20
+    nested = tarfile.TarInfo("x")
+    nested.type, nested.size = tarfile.GNUTYPE_LONGNAME, 1
+    deep = (nested.tobuf() + b"y" * 512) * 5000
+    for trap in (backwards, huge, slow * 50, long.tobuf() + bytes(2**20), deep):
+        path = tmp_path / "trap.tar"
+        path.write_bytes(good + trap + good + bytes(1024))
+        assert outcomes(read("webdataset", path))["read"] == 1
+        assert outcomes(read("webdataset", path))["tar_truncated"] >= 1, trap[:20]
+
+
+def test_a_jsonl_captions_a_folder_and_every_line_and_picture_is_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "train").mkdir(parents=True)
+    (tmp_path / "outside.jpg").write_bytes(b"private")
+    (folder / "train" / "linked").symlink_to(tmp_path)
+    for name in ("a.jpg", "b.png", "c.webp", "d.data", "e.jpg"):
+        (folder / "train" / name).write_bytes(name.encode())
+    (folder / "train" / "e.txt").write_bytes(b"beside")
+    lines = [
+        {"file_name": "a.jpg", "text": "main", "captions": ["one", "main"], "score": 0.5, "safe": True, "note": "9"},
+        {"file_name": "b.png"},
+        {"file_name": "d.data", "caption": "named, so read"},
+        {"file_name": "gone.jpg", "text": "no picture"},
+        {"file_name": "../../outside.jpg", "text": "x"},
+        {"file_name": "/etc/passwd", "text": "x"},
+        {"file_name": "a.jpg", "text": "again"},
+        {"file_name": "linked/outside.jpg", "text": "through a link"},
+        {"file_name": "half a pair \ud800", "text": "x"},
+        {"text": "no name"},
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "train" / "metadata.jsonl").write_text(f"{text}\n\nno json\n{' ' * 2**21}{{}}\n")
+    assert read("folder", folder) == [
+        Record("train/a.jpg", b"a.jpg", (b"main", b"one"), {"score": 0.5, "safe": 1.0}),
+        Rejected("train/b.png", "caption_missing", "none in train/metadata.jsonl"),
+        Rejected("train/c.webp", "caption_missing", "c.txt"),
+        Record("train/d.data", b"d.data", (b"named, so read",)),
+        Record("train/e.jpg", b"e.jpg", (b"beside",)),
+        Rejected("train/gone.jpg", "image_missing", "named in train/metadata.jsonl"),
+        Rejected("train/half a pair \\ud800", "image_missing", "named in train/metadata.jsonl"),
+        Rejected("train/linked/outside.jpg", "image_missing", "named in train/metadata.jsonl"),
+        Rejected("train/metadata.jsonl:5", "unsafe_name", "../../outside.jpg"),
+        Rejected("train/metadata.jsonl:6", "unsafe_name", "/etc/passwd"),
+        Rejected("train/metadata.jsonl:7", "duplicate_key", "a.jpg was named before; the first line is kept"),
+        Rejected("train/metadata.jsonl:10", "metadata_damaged", "no file_name"),
+        Rejected("train/metadata.jsonl:12", "metadata_damaged", "not an object"),
+        Rejected("train/metadata.jsonl:13", "metadata_damaged", "not an object"),
+    ]
+
+
+def test_a_unit_that_is_another_or_gone_when_its_turn_comes_is_named(tmp_path: Path, make_tar) -> None:
+    path = make_tar(tmp_path / "a.tar", {"0.jpg": b"j", "0.txt": b"t"})
+    (unit,) = list_units([Input(kind="webdataset", uri=str(path))])
+    with path.open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(UserError, match=r"unit .*a\.tar: expected the content it had before, found another"):
+        list(read_records(unit))
+    path.unlink()
+    with pytest.raises(UserError, match=r"input .*a\.tar: expected a file that can be opened, found No such file"):
+        list(read_records(unit))
 
 
 def test_the_same_content_is_the_same_unit_wherever_it_lies(tmp_path: Path, make_tar) -> None:
@@ -117,12 +289,18 @@ def test_the_same_content_is_the_same_unit_wherever_it_lies(tmp_path: Path, make
 
 
 @pytest.mark.parametrize(
-    ("kind", "uri"), [("webdataset", "absent"), ("folder", "absent"), ("webdataset", "."), ("demo", "validation")]
+    ("kind", "uri"),
+    [("webdataset", "absent"), ("folder", "absent"), ("webdataset", "."), ("parquet", "."), ("demo", "validation")],
 )
 def test_an_input_that_is_not_there_is_refused_by_name(tmp_path: Path, kind: str, uri: str) -> None:
     where = uri if kind == "demo" else str(tmp_path / uri)
     with pytest.raises(UserError, match=f"input {kind} {where}"):
         list_units([Input(kind=kind, uri=where)])  # type: ignore[arg-type]
+
+
+def test_an_address_that_is_malformed_is_refused_in_one_line() -> None:
+    with pytest.raises(UsageError, match=r"inputs\.0\.uri: expected a path or an address, found one that is neither"):
+        parse(CorpusConfig, {"inputs": [{"kind": "webdataset", "uri": "http://[x/a.tar?secret"}]}, "test")
 
 
 def test_no_inputs_are_refused() -> None:

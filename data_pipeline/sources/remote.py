@@ -1,9 +1,9 @@
-"""Tars that lie elsewhere, as open files of this machine's cache: `s3://` objects, and `http(s)://` addresses.
+"""Files that lie elsewhere, as open files of this machine's cache: `s3://` objects, and `http(s)://` addresses.
 
 Always holds: a download ends, within a time that follows from its size, and never exceeds the size that the server
 stated; a connection that is cut is taken up where it stopped. The query of an address, where a signed link carries its
 signature, is sent to the server and nowhere else: names, messages and cache entries have the address without it. Called
-by sources.py.
+by files.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GRACE_S = 600.0
 
 
 @dataclass(frozen=True)
-class RemoteTar:
+class RemoteFile:
     """`uri` is safe to show; `query` is the rest of a signed link. `version` and `bytes` are known by `asked`."""
 
     uri: str
@@ -46,7 +46,7 @@ class RemoteTar:
     bytes: int = 0
 
     def __repr__(self) -> str:
-        return f"RemoteTar({self.uri})"
+        return f"RemoteFile({self.uri})"
 
 
 def is_remote(uri: str) -> bool:
@@ -61,106 +61,115 @@ def public_uri(uri: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def find_remote(uri: str, anonymous: bool, endings: tuple[str, ...]) -> list[RemoteTar]:
-    """The tar that a URI names, or of `s3://bucket/prefix/` those under it; nothing is asked about each yet.
+def find_remote(uri: str, anonymous: bool, endings: tuple[str, ...]) -> list[RemoteFile]:
+    """The file that a URI names, or of `s3://bucket/prefix/` those under it; nothing is asked about each yet.
 
     Raises UserError if the bucket cannot be listed.
     """
     parts = urlsplit(uri)
     if parts.scheme != "s3":
-        return [RemoteTar(public_uri(uri), parts.query, anonymous)]
+        return [RemoteFile(public_uri(uri), parts.query, anonymous)]
     if uri.endswith(endings):
-        return [RemoteTar(uri, anonymous=anonymous)]
+        return [RemoteFile(uri, anonymous=anonymous)]
     from data_pipeline.storage.s3 import S3Store
 
     folder = S3Store(uri, anonymous)
     folder.check()
     return [
-        RemoteTar(f"{folder.uri}/{info.key}", anonymous=anonymous)
+        RemoteFile(f"{folder.uri}/{info.key}", anonymous=anonymous)
         for info in folder.list()
         if info.key.endswith(endings)
     ]
 
 
-def asked(tar: RemoteTar) -> RemoteTar:
-    """The tar with its version and size, from its server. Raises UserError if there is none."""
-    if tar.uri.startswith("s3://"):
-        store, key = _store_and_key(tar)
+def sibling(file: RemoteFile, uri: str) -> RemoteFile | None:
+    """The object at another URI of the same bucket, if there is one; nothing is guessed about http(s):// servers."""
+    if not uri.startswith("s3://"):
+        return None
+    other = RemoteFile(uri, anonymous=file.anonymous)
+    store, key = _store_and_key(other)
+    return other if store.exists(key) else None
+
+
+def asked(file: RemoteFile) -> RemoteFile:
+    """The file with its version and size, from its server. Raises UserError if there is none."""
+    if file.uri.startswith("s3://"):
+        store, key = _store_and_key(file)
         try:
             version, size = store.facts(key)
         except (ObjectNotFound, ValueError):  # ValueError: a key that no store of ours holds, such as a//b
             raise UserError(
-                f"input {tar.uri}", "a tar, or a prefix that ends with /", "nothing", "correct uri"
+                f"input {file.uri}", "a file, or a prefix that ends with /", "nothing", "correct uri"
             ) from None
-        return RemoteTar(tar.uri, tar.query, tar.anonymous, version, size)
-    with _answer(tar, 0) as response:
+        return RemoteFile(file.uri, file.query, file.anonymous, version, size)
+    with _answer(file, 0) as response:
         stated = response.headers.get("Content-Length", "")
         # Without either header nothing tells one content from another, so a name of its own keeps the cache honest.
         version = response.headers.get("ETag") or response.headers.get("Last-Modified") or f"unknown {uuid.uuid4()}"
     if not stated.isdecimal():
-        raise UserError(f"input {tar.uri}", "an answer that states its size", "none", "give it from another server")
-    return RemoteTar(tar.uri, tar.query, tar.anonymous, version, int(stated))
+        raise UserError(f"input {file.uri}", "an answer that states its size", "none", "give it from another server")
+    return RemoteFile(file.uri, file.query, file.anonymous, version, int(stated))
 
 
-def open_remote(tar: RemoteTar) -> IO[bytes]:
-    """An `asked` tar as a local file. It stays readable while it is open, even if the cache drops it.
+def open_remote(file: RemoteFile) -> IO[bytes]:
+    """An `asked` file as a local one. It stays readable while it is open, even if the cache drops it.
 
     Raises UserError where it cannot be downloaded whole, OSError for a failing store.
     """
-    name = hashlib.sha256(canonical_json([tar.uri, tar.version, tar.bytes])).hexdigest()
-    if tar.uri.startswith("s3://"):
-        store, key = _store_and_key(tar)
+    name = hashlib.sha256(canonical_json([file.uri, file.version, file.bytes])).hexdigest()
+    if file.uri.startswith("s3://"):
+        store, key = _store_and_key(file)
         pieces: Callable[[], Iterable[bytes]] = lambda: store.stream(key)  # noqa: E731
     else:
-        pieces = lambda: _http_pieces(tar)  # noqa: E731
+        pieces = lambda: _http_pieces(file)  # noqa: E731
     try:
-        return machine_cache().open(name, tar.bytes, lambda: _in_time(tar, pieces()), _open_file)
+        return machine_cache().open(name, file.bytes, lambda: _in_time(file, pieces()), _open_file)
     except CacheFull as full:
         next_step = "raise GLIDEPATH_CACHE_BYTES, or make room on the disk"
-        raise UserError(f"input {tar.uri}", "room for it in the cache", str(full), next_step) from None
+        raise UserError(f"input {file.uri}", "room for it in the cache", str(full), next_step) from None
     except ValueError as error:
-        raise UserError(f"input {tar.uri}", f"{tar.bytes} bytes", str(error), "run it again") from None
+        raise UserError(f"input {file.uri}", f"{file.bytes} bytes", str(error), "run it again") from None
 
 
 def _open_file(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _store_and_key(tar: RemoteTar) -> tuple[Any, str]:
+def _store_and_key(file: RemoteFile) -> tuple[Any, str]:
     from data_pipeline.storage.s3 import S3Store
 
-    bucket, _, key = tar.uri.removeprefix("s3://").partition("/")
-    return S3Store(f"s3://{bucket}", tar.anonymous), key
+    bucket, _, key = file.uri.removeprefix("s3://").partition("/")
+    return S3Store(f"s3://{bucket}", file.anonymous), key
 
 
-def _in_time(tar: RemoteTar, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    deadline = time.monotonic() + GRACE_S + tar.bytes / LEAST_BYTES_PER_S
+def _in_time(file: RemoteFile, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    deadline = time.monotonic() + GRACE_S + file.bytes / LEAST_BYTES_PER_S
     for piece in pieces:
         if time.monotonic() > deadline:
             expected = f"{LEAST_BYTES_PER_S} bytes per second"
-            raise UserError(f"input {tar.uri}", expected, "a slower server", "copy it to a folder or a bucket first")
+            raise UserError(f"input {file.uri}", expected, "a slower server", "copy it to a folder or a bucket first")
         yield piece
 
 
-def _http_pieces(tar: RemoteTar) -> Iterator[bytes]:
+def _http_pieces(file: RemoteFile) -> Iterator[bytes]:
     position, patient_until = 0, time.monotonic() + PATIENCE_S
-    while position < tar.bytes:
-        with _answer(tar, position) as response, suppress(OSError, http.client.HTTPException):  # cut: it is taken up
+    while position < file.bytes:
+        with _answer(file, position) as response, suppress(OSError, http.client.HTTPException):  # cut: it is taken up
             while piece := response.read1(PIECE_BYTES):
                 position, patient_until = position + len(piece), time.monotonic() + PATIENCE_S
                 yield piece
         if time.monotonic() > patient_until:
-            raise UserError(f"input {tar.uri}", f"{tar.bytes} bytes", f"no more after {position}", "try again")
-        if position < tar.bytes:
+            raise UserError(f"input {file.uri}", f"{file.bytes} bytes", f"no more after {position}", "try again")
+        if position < file.bytes:
             time.sleep(PAUSE_S)
 
 
-def _answer(tar: RemoteTar, position: int) -> Any:
+def _answer(file: RemoteFile, position: int) -> Any:
     """The response whose body begins at `position`, asked for again while a failure may pass. Raises UserError."""
     patient_until = time.monotonic() + PATIENCE_S
     while True:
         try:
-            response = _ask(tar, position)
+            response = _ask(file, position)
             break
         except urllib.error.HTTPError as error:
             error.close()
@@ -171,19 +180,19 @@ def _answer(tar: RemoteTar, position: int) -> Any:
             found, may_pass = f"no answer ({type(reason).__name__})", not isinstance(reason, ValueError | gaierror)
         if not may_pass or time.monotonic() > patient_until:
             next_step = "check the link; a signed one may have expired"
-            raise UserError(f"input {tar.uri}", "a tar", found, next_step) from None
+            raise UserError(f"input {file.uri}", "a file", found, next_step) from None
         time.sleep(PAUSE_S)  # the server may be starting again
     if position and response.status != 206:
         response.close()
         found = f"HTTP {response.status}: it was replaced meanwhile, or the server knows no ranges"
-        raise UserError(f"input {tar.uri}", f"the bytes from {position}", found, "run it again")
+        raise UserError(f"input {file.uri}", f"the bytes from {position}", found, "run it again")
     return response
 
 
-def _ask(tar: RemoteTar, position: int) -> Any:
-    request = urllib.request.Request(f"{tar.uri}?{tar.query}" if tar.query else tar.uri)
+def _ask(file: RemoteFile, position: int) -> Any:
+    request = urllib.request.Request(f"{file.uri}?{file.query}" if file.query else file.uri)
     if position:
         request.add_header("Range", f"bytes={position}-")
-        if not tar.version.startswith(("unknown", "W/")):
-            request.add_header("If-Range", tar.version)
+        if not file.version.startswith(("unknown", "W/")):
+            request.add_header("If-Range", file.version)
     return urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S)
