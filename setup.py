@@ -32,6 +32,7 @@ setup(
         "safetensors",
         "ftfy",
         "py3langid",
+        "matplotlib",
     ],
     extras_require={
         "cluster": ["deepspeed", "ray[default]", "boto3", "mlflow", "psutil"],

@@ -213,6 +213,17 @@ def corpus_enrich(
     show(summary, as_json)
 
 
+@corpus_app.command("sweep")
+def corpus_sweep(
+    output: Annotated[str, typer.Argument(help="URI of a build's output.")], as_json: Json = False
+) -> None:
+    """Remove what killed builds left in an output. A build does it by itself in a folder, but not in a bucket, where
+    it cannot know whether another one runs: only call this while none does."""
+    from cluster.training import sweep_output
+
+    show({"output": output, "removed": sweep_output(output)}, as_json)
+
+
 @corpus_app.command("verify")
 def corpus_verify(dataset: Annotated[str, typer.Argument(help="Dataset URI.")], as_json: Json = False) -> None:
     """Read every byte of a dataset and name each bad part."""

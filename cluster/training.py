@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,6 @@ from data_pipeline.build import Progress as BuildProgress
 from data_pipeline.config import find_config, parse, read_values
 from data_pipeline.corpus import ExecutorSettings
 from data_pipeline.enrich import enrich
-from data_pipeline.executor import Executor
-from data_pipeline.scorers import ScorerPool
 from data_pipeline.shards import dataset_ids, open_dataset, output_of
 from data_pipeline.storage import ObjectStore, open_store
 from trainer.config import TrainConfig
@@ -115,33 +113,30 @@ def build_demo_dataset(name: str, progress: BuildProgress = lambda stage, done, 
         build_swept(config, progress)
 
 
-def build_swept(config: CorpusConfig, progress: BuildProgress, alone: bool = False) -> dict[str, Any]:
-    """`build_with` the executor that the configuration asks for."""
-    with executor_of(config.executor) as executor:
-        return build_with(executor, config, progress, alone, scorer_pools(config))
+def build_swept(config: CorpusConfig, progress: BuildProgress) -> dict[str, Any]:
+    """`build_corpus` by the executor that the configuration asks for, after removing what killed builds left in the
+    output. In a folder, one at a time: another waits.
 
-
-def build_with(
-    executor: Executor,
-    config: CorpusConfig,
-    progress: BuildProgress,
-    alone: bool,
-    scorers: Sequence[ScorerPool] | None = None,
-) -> dict[str, Any]:
-    """`build_corpus` after removing what killed builds left in the output. In a folder, one at a time: another waits.
-
-    A sweep takes data whose manifest is not there yet, which is what a build under way has. `alone`: the caller knows
-    that no other build has this output.
+    A sweep takes data whose manifest is not there yet, which is what a build under way has. A bucket has no lock that
+    dies with its holder, so there leftovers stay, unseen, until somebody who knows that no build runs calls
+    `sweep_output`. Two builds at once are harmless, for they write the same bytes.
     """
     assert config.output is not None
-    store = open_store(config.output)
+    with executor_of(config.executor) as executor:
+        store = open_store(config.output)
+        store.check()
+        with only_writer(store) as locked:
+            if locked and (swept := sweep_build(store)):
+                log.info("%s: removed %d leftovers of a build that was stopped", store.uri, swept)
+            return build_corpus(config, executor, progress, scorers=scorer_pools(config))
+
+
+def sweep_output(uri: str) -> int:
+    """Remove what stopped builds left in an output; how many objects. In a bucket the caller knows that none runs."""
+    store = open_store(uri)
     store.check()
-    with only_writer(store) as locked:
-        # A bucket has no lock that dies with its holder. Two builds at once are harmless, for they write the same
-        # bytes; a sweep beside a build is not. So leftovers stay, unseen, unless the caller vouches for it.
-        if (locked or alone) and (swept := sweep_build(store)):
-            log.info("%s: removed %d leftovers of a build that was stopped", store.uri, swept)
-        return build_corpus(config, executor, progress, scorers=scorers)
+    with only_writer(store):
+        return sweep_build(store)
 
 
 def enrich_alone(

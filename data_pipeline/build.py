@@ -23,7 +23,7 @@ from data_pipeline.families import CODEC_VERSIONS, FAMILIES
 from data_pipeline.judge import KeepList, judge
 from data_pipeline.judge_rows import JudgeSettings
 from data_pipeline.manifests import Document, digest_of
-from data_pipeline.records import RECORDS_VERSION
+from data_pipeline.records import RECORDS_VERSION, text_key
 from data_pipeline.score import ScoreSettings, score_unit
 from data_pipeline.scorers import ScorerPool, digests_in_force, is_committed_by, refuse_unscored
 from data_pipeline.shards import Dataset, commit_dataset, commit_family, dataset_ids, open_dataset
@@ -42,7 +42,7 @@ OWN_FOLDERS = ("units/", "datasets/", "judge/")  # what the builder keeps in its
 
 
 class Progress(Protocol):
-    """Hears of each pass ("read", "score", "judge", "emit"): items done, items in all, images in those done."""
+    """Hears of each pass ("read", "score", "scorers", "judge", "emit"): items done, items in all, images done."""
 
     def __call__(self, stage: str, done: int, total: int, images: int = 0) -> None: ...
 
@@ -77,7 +77,7 @@ def build_corpus(
     evaluation = read_evaluation(config.decontaminate, executor)
     units = list_units(config.inputs, executor, partial(progress, "read"))
     prefixes = [settings.prefix(unit.digest) for unit in units]
-    uris = {unit.digest: unit.uri for unit in units}
+    uris = {unit.digest: text_key(unit.uri) for unit in units}
 
     def within_budget(unit: Document) -> None:
         _refuse_over_budget(config.budget, uris[unit["unit"]], unit)
@@ -99,27 +99,13 @@ def build_corpus(
         evaluation.rules if evaluation else None,
     )
     keep = judge(store, prefixes, scored, judging, executor, partial(progress, "judge"), evaluation)
-    funnel = _funnel(scored, keep)
-    identity = _identity(config, scored, keep, judging)
-    plans = plan_shards(digest_of(identity), keep, prefixes, config.shard_rows)
-    shards = _run(
-        executor,
-        partial(_emit, store),
-        plans,
-        "emit",
-        progress,
-        images_in=lambda group: group[0]["file"]["rows"],
-        total=-(-len(keep) // config.shard_rows),
-    )
-    families = [
-        commit_family(
-            store,
-            digest_of(identity),
-            family,
-            [shard for group in shards for shard in group if shard["family"] == name],
-        )
-        for name, family in FAMILIES.items()
-    ]
+    try:
+        funnel = _funnel(scored, keep)
+        identity = _identity(config, scored, keep, judging)
+        families = _emit_all(store, config, keep, prefixes, digest_of(identity), executor, progress)
+        dropped_rows = keep.write_dropped(f"judge/{digest_of(identity)[:16]}/dropped.parquet")
+    finally:
+        keep.remove_scratch()
     facts = {
         "config": config.model_dump(mode="json", exclude=NOT_OF_CONTENT),
         "units": [
@@ -128,12 +114,38 @@ def build_corpus(
             for prefix, unit in zip(prefixes, scored, strict=True)
         ],
         "funnel": funnel,
-        "dropped_rows": keep.write_dropped(f"judge/{digest_of(identity)[:16]}/dropped.parquet"),
+        "dropped_rows": dropped_rows,
         "quarantined": sum(unit["quarantined"] for unit in scored),
     }
     manifest = commit_dataset(store, identity, families, facts)
-    keep.remove_scratch()
     return summary(Dataset(store, f"datasets/{manifest['id']}/", manifest))
+
+
+def _emit_all(
+    store: ObjectStore,
+    config: CorpusConfig,
+    keep: KeepList,
+    prefixes: Sequence[str],
+    dataset_id: str,
+    executor: Executor,
+    progress: Progress,
+) -> list[Document]:
+    """Write and commit every shard, then the families; the families' manifests."""
+    shards = _run(
+        executor,
+        partial(_emit, store),
+        plan_shards(dataset_id, keep, prefixes, config.shard_rows),
+        "emit",
+        progress,
+        images_in=lambda group: group[0]["file"]["rows"],
+        total=-(-len(keep) // config.shard_rows),
+    )
+    return [
+        commit_family(
+            store, dataset_id, family, [shard for group in shards for shard in group if shard["family"] == name]
+        )
+        for name, family in FAMILIES.items()
+    ]
 
 
 def inspect_dataset(uri: str) -> dict[str, Any]:

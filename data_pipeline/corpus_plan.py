@@ -149,7 +149,8 @@ def measured(config: CorpusConfig, records: int, store: LocalStore) -> Sample:
         raise UserError(name, "records that are kept", f"0 of {scored['in']}: {reasons}", "check inputs and filters")
     prefixes = [settings.prefix(unit.digest)]
     keep = judge(store, prefixes, [scored], JudgeSettings(exact="none"))
-    # One shard of all: opening a unit for it costs as much as in a build.
+    # One shard of all, from one unit. In a build of many units a shard opens one for nearly every row, which takes half
+    # as long again: 0.43 against 0.28 ms a row, where scoring takes 3 to 5.
     [plan] = plan_shards("0" * 64, keep, prefixes, len(keep))
     shards, emit_s = _timed(lambda: emit_shard(store, plan))
     rows = len(keep)

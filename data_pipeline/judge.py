@@ -1,8 +1,8 @@
 """Judge: the second pass, over metadata alone: which of the surviving records the dataset keeps, and in which order.
 
 Always holds: the result depends on the set of scored records and the settings, not on the order of units, on workers or
-on the number of tasks; a task holds its share of the rows, and the driver holds a few numbers for each task. Called by
-the corpus builder, once per build.
+on the number of tasks; a task holds its share of the rows, of rows with an equal key all, and the driver a few numbers
+for each pair of tasks. Called by the corpus builder, once per build.
 
 The steps, each a shuffle by the key that equal rows have in common (see spills.py), each over what the one before left:
 
@@ -130,8 +130,7 @@ class KeepList:
 
     def remove_scratch(self) -> None:
         """Once nothing of this list is needed any more."""
-        for info in list(self.store.list(f"{self.work.folder}/")):
-            self.store.delete(info.key)
+        self.work.remove()
 
 
 def judge(
@@ -152,14 +151,18 @@ def judge(
     rows = sum(unit["out"] for unit in scored)
     # A name of its own: two builds may judge at the same time in one folder.
     work = Work(store, f"judge/scratch-{uuid.uuid4().hex}", settings, max(1, -(-rows // task_rows)))
-    if evaluation is not None:
-        data = evaluation.to_bytes()
-        work = replace(work, evaluation_sha256=hashlib.sha256(data).hexdigest())
-        store.put(work.evaluation_key, [data])
     pairs = zip(prefixes, scored, strict=True)
     units = [ScoredUnit(number, prefix, unit["verdicts"]["sha256"]) for number, (prefix, unit) in enumerate(pairs)]
     groups = _groups(units, [unit["out"] for unit in scored], task_rows)
-    return _Judging(work, executor or InlineExecutor(), progress, units).run(groups)
+    try:
+        if evaluation is not None:
+            data = evaluation.to_bytes()
+            work = replace(work, evaluation_sha256=hashlib.sha256(data).hexdigest())
+            store.put(work.evaluation_key, [data])
+        return _Judging(work, executor or InlineExecutor(), progress, units).run(groups)
+    except BaseException:
+        work.remove()
+        raise
 
 
 def _groups(units: Sequence[ScoredUnit], rows_of_unit: Sequence[int], task_rows: int) -> list[list[ScoredUnit]]:

@@ -117,6 +117,11 @@ class Work:
     sections: int
     evaluation_sha256: str = ""  # of the evaluation sets in the scratch folder
 
+    def remove(self) -> None:
+        """The scratch folder."""
+        for info in list(self.store.list(f"{self.folder}/")):
+            self.store.delete(info.key)
+
     @property
     def evaluation_key(self) -> str:
         return f"{self.folder}/evaluation.npz"

@@ -98,7 +98,7 @@ class Table:
 
     def __init__(self, schema: pa.Schema) -> None:
         # Not the system's temporary folder, which may be memory.
-        self._file = _Spool(SPOOL_BYTES, dir=state_folder())
+        self._file = _Spool(SPOOL_BYTES, dir=str(state_folder()))
         self._writer = pa.parquet.ParquetWriter(self._file, schema)
         self._schema, self._waiting, self._waiting_bytes = schema, list[dict[str, Any]](), 0
         self.rows = 0

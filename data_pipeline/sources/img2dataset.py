@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO
 
+import pyarrow as pa
+
 from data_pipeline.errors import UserError
 from data_pipeline.records import TEXT_LIMIT_BYTES, Record, Rejected
 from data_pipeline.sources import fields
@@ -24,6 +26,11 @@ SUCCESS = b"success"
 
 # Rows are taken out of Arrow so many at a time, and the last blocks kept: a tar is nearly in the parquet's order.
 BLOCK_ROWS, BLOCKS = 64, 64
+
+# What is held in memory of the parquet beside a tar: a hundred times that of a usual tar. It is read so few rows at a
+# time because one of some KB can have a value of 100 MB in each of its rows.
+ROWS_LIMIT, BYTES_LIMIT = 2**20, 256 * 2**20
+READ_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Rows:
     """The parquet beside a tar: no pictures, so its columns of interest are held in memory, as Arrow holds them."""
 
     def __init__(self, content: IO[bytes], uri: str) -> None:
-        """Raises DAMAGE, and UserError for a parquet without keys."""
+        """Raises DAMAGE, also for what would fill the memory, and UserError for a parquet without keys."""
         parquet = open_parquet(content)
         schema = parquet.schema_arrow
         texts = {field.name for field in schema if fields.is_text(field.type)}
@@ -89,7 +96,7 @@ class Rows:
         self._captions = fields.CAPTIONS_NAME if fields.CAPTIONS_NAME in lists else None
         about = [name for name in (STATUS, ERROR) if name in texts]
         captions = [name for name in (self._caption, self._captions) if name]
-        self._rows = parquet.read([KEY, *about, *captions, *self._numbers], use_threads=False)
+        self._rows = _read(parquet, [KEY, *about, *captions, *self._numbers])
         names = [name for chunk in self._rows[KEY].chunks for name in fields.bytes_of(chunk)]
         self._keys = [_text(name) or f"(row {place})" for place, name in enumerate(names)]
         self._blocks: dict[int, list[Row]] = {}
@@ -127,6 +134,22 @@ class Rows:
         names = batch.schema.names
         known = [fields.bytes_of(batch.column(name)) if name in names else nothing for name in (STATUS, ERROR)]
         return list(map(Row, caption, captions, columns, map(_failure, *known)))
+
+
+def _read(parquet: pa.parquet.ParquetFile, columns: list[str]) -> pa.Table:
+    if (count := parquet.metadata.num_rows) > ROWS_LIMIT:
+        raise ValueError(f"{count} rows, at most {ROWS_LIMIT}")
+    batches, size = [], 0
+    for batch in parquet.iter_batches(READ_ROWS, columns=columns, use_threads=False):
+        batches.append(pa.RecordBatch.from_arrays([_plain(batch.column(name)) for name in columns], columns))
+        size += batches[-1].nbytes
+        if size > BYTES_LIMIT:
+            raise ValueError(f"more than {BYTES_LIMIT} bytes of keys, captions and numbers")
+    return pa.Table.from_batches(batches).combine_chunks() if batches else parquet.read(columns)
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def _failure(status: bytes | None, error: bytes | None) -> str | None:

@@ -20,7 +20,7 @@ from data_pipeline import demo
 from data_pipeline.config import Settings
 from data_pipeline.errors import UserError
 from data_pipeline.executor import Executor, InlineExecutor
-from data_pipeline.records import Record, Rejected
+from data_pipeline.records import Record, Rejected, text_key
 from data_pipeline.sources import folder, img2dataset, parquet, webdataset
 from data_pipeline.sources.files import SourceFile, find_files
 from data_pipeline.sources.remote import is_remote, public_uri
@@ -62,7 +62,7 @@ class Input(Settings):
     @field_serializer("uri")
     def _without_signature(self, uri: str) -> str:
         # What is dumped gets into manifests.
-        return public_uri(uri)
+        return text_key(public_uri(uri))
 
     def __repr_args__(self) -> Iterator[tuple[str, str]]:
         yield from {"kind": self.kind, "uri": public_uri(self.uri)}.items()
@@ -138,10 +138,10 @@ def with_digest(unit: Unit) -> Unit:
 
 
 def reopen(inputs: Sequence[Input], uri: str, digest: str) -> Unit | None:
-    """The unit of that address and content, or None if it is not there any more. Reads all of it."""
+    """The unit of that content and address, the latter as text, or None if it is gone. Reads all of it."""
     for entry in inputs:
         try:
-            found = [with_digest(unit) for unit in _find(entry) if unit.uri == uri]
+            found = [with_digest(unit) for unit in _find(entry) if text_key(unit.uri) == uri]
         except (UserError, OSError):  # gone, or not to be had without a signature that nobody kept
             continue
         for unit in found:

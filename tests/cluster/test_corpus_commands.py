@@ -42,6 +42,20 @@ def test_enrich_and_export_go_on_where_they_stopped_and_answer_in_json(
         assert (done["rows"], done["shards"]) == (96, 2) and done["dataset_id"] == added["dataset_id"]
 
 
+def test_a_sweep_removes_what_a_killed_build_left_and_nothing_else(
+    dataset_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = Path(shutil.copytree(dataset_uri, tmp_path / "output"))
+    before = {path for path in output.rglob("*") if path.is_file()}
+    for name in ("judge/scratch-0/gather-00000.rows", "units/dead-0/rows.arrow"):
+        (output / name).parent.mkdir(parents=True)
+        (output / name).write_bytes(b"left")
+    for removed in (2, 0):
+        assert cli.run(["corpus", "sweep", str(output), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["removed"] == removed
+    assert {path for path in output.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

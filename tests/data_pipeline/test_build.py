@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from data_pipeline.build import CorpusConfig, build_corpus, inspect_dataset, res
 from data_pipeline.config import find_config, parse, read_values
 from data_pipeline.errors import UserError
 from data_pipeline.shards import open_dataset, verify_dataset
+from data_pipeline.sources import Input, reopen
 
 
 def build(output: Path, *inputs: Path, kind: str = "webdataset", **settings: Any) -> dict[str, Any]:
@@ -138,6 +140,8 @@ def test_a_damaged_staged_row_is_found_before_it_reaches_a_shard(tmp_path: Path,
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"rows.arrow row \d+: expected crc32"):
         build(tmp_path / "out", *two_tars, seed=1)
+    left = [path for path in (tmp_path / "out" / "judge").rglob("*") if path.is_file() and "scratch" in str(path)]
+    assert left == []  # in a bucket nobody would sweep them
 
 
 def test_names_of_bad_records_are_told_in_one_line_without_commands_to_a_terminal(tmp_path: Path, make_tar) -> None:
@@ -145,6 +149,16 @@ def test_names_of_bad_records_are_told_in_one_line_without_commands_to_a_termina
     with pytest.raises(UserError, match=r"one \[2Jtwo \(image_unknown_format\)") as refused:
         build(tmp_path / "out", tar)
     assert str(refused.value).isprintable()
+
+
+def test_a_tar_whose_name_is_not_utf8_is_built_and_found_again(tmp_path: Path, make_corpus: Callable) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"-\xff"))
+    make_corpus(folder / "a.tar", range(3))
+    summary = build(tmp_path / "out", folder)
+    assert summary["rows"] == 3
+    (unit,) = open_dataset(summary["uri"]).manifest["units"]
+    assert unit["uri"] == f"{tmp_path}/in-\\xff/a.tar"
+    assert reopen([Input(kind="webdataset", uri=str(folder))], unit["uri"], unit["digest"]) is not None
 
 
 def test_verdicts_written_in_groups_are_those_written_at_once(tmp_path: Path, two_tars, monkeypatch) -> None:

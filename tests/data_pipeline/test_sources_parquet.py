@@ -207,6 +207,24 @@ def test_img2dataset_output_is_joined_by_key_and_failed_downloads_are_counted(
     }
 
 
+@pytest.mark.parametrize("of", ["value", "rows"])
+def test_a_parquet_made_to_fill_the_memory_costs_the_tar_nothing_but_it(
+    tmp_path: Path, make_tar, monkeypatch, of: str
+) -> None:
+    monkeypatch.setattr(img2dataset, "BYTES_LIMIT", 2**24)
+    tar = make_tar(tmp_path / "a.tar", {"0.jpg": b"j", "0.txt": b"t"})
+    if of == "value":  # a few KB that hold 1 MB in each row
+        keys = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), pa.array(["x" * 2**20]))
+    else:
+        keys = pa.nulls(2_000_000, pa.utf8())
+    path = write(tmp_path / "a.parquet", {"key": keys}, compression="zstd")
+    assert path.stat().st_size < 20_000
+    before = pa.total_allocated_bytes()
+    unreadable, record = read("img2dataset", tar)
+    assert isinstance(unreadable, Rejected) and unreadable.reason == "parquet_unreadable"
+    assert record == Record("0", b"j", (b"t",)) and pa.total_allocated_bytes() - before < 2**26
+
+
 def test_the_parquet_beside_a_tar_is_part_of_the_unit(tmp_path: Path, make_tar, make_jpeg) -> None:
     tar = img2dataset_output(tmp_path / "in", make_tar, make_jpeg)
     with_parquet = unit_of("img2dataset", tar)

@@ -87,7 +87,7 @@ def judged(
         store, scored = Folder(Path(folder)), []
         for number, verdicts in enumerate(units):
             sink = io.BytesIO()
-            pa.parquet.write_table(pa.Table.from_pylist(list(verdicts), VERDICT_SCHEMA), sink)
+            pa.parquet.write_table(pa.Table.from_pylist(list(verdicts), VERDICT_SCHEMA), sink, row_group_size=4)
             store.put(f"{number}/verdicts.parquet", [sink.getvalue()])
             out = sum(verdict["row"] is not None for verdict in verdicts)
             scored.append({"out": out, "verdicts": {"sha256": hashlib.sha256(sink.getvalue()).hexdigest()}})
