@@ -18,6 +18,7 @@ setup(
         "torch",
         "numpy",
         "blake3",
+        "isal",
         "pyarrow",
         "webdataset",
         "pydantic>=2",

@@ -9,11 +9,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a preset.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 stderr = Console(stderr=True)
 PIPED_WIDTH = 400  # a row stays one line when piped; only a terminal folds long cells
@@ -78,3 +85,16 @@ def _text(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)
+
+
+def report_verification(bad: list[dict[str, Any]], as_json: bool) -> None:
+    """Show what `verify` found; exit code 1 if anything is bad."""
+    lines = [f"{part['part']}: expected {part['expected']}, found {part['found']}" for part in bad]
+    for line in lines:
+        say(f"bad: {line}")
+    if as_json:
+        show({"ok": not bad, "bad": bad} | ({"error": lines[0]} if bad else {}), True)
+    else:
+        show({"ok": not bad, "bad parts": len(bad)}, False)
+    if bad:
+        raise typer.Exit(1)

@@ -13,7 +13,6 @@ import io
 import logging
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from data_pipeline import digests
 from data_pipeline.digests import ContentHash
 from data_pipeline.errors import UserError
 from data_pipeline.storage import ObjectNotFound, ObjectStore, canonical_json
@@ -104,7 +104,7 @@ def _crc32_of_last(pieces: list[memoryview], length: int) -> int:
     crc32 = 0
     for piece in pieces:
         if before < len(piece):
-            crc32 = zlib.crc32(piece[max(before, 0) :], crc32)
+            crc32 = digests.crc32(piece[max(before, 0) :], crc32)
         before -= len(piece)
     return crc32
 
@@ -235,7 +235,7 @@ class ArrowReader:
             raise damaged(self.name, f"{self.description.bytes} bytes", "nothing") from None
 
     def _check(self, index: int, message: Any) -> None:
-        expected, found = self.description.batches[index].crc32, f"{zlib.crc32(message):08x}"
+        expected, found = self.description.batches[index].crc32, f"{digests.crc32(message):08x}"
         if found != expected:
             raise damaged(f"{self.name} batch {index}", f"crc32 {expected}", found)
 

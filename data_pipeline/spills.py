@@ -7,7 +7,6 @@ holds more than its own share. Called by the judge pass; its spills lie in a scr
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline import digests
 from data_pipeline.arrow_files import damaged
 from data_pipeline.storage import ObjectNotFound, ObjectStore
 
@@ -56,7 +56,7 @@ def write_spill(store: ObjectStore, key: str, rows: Rows, section_of: NDArray[An
     by_section = section_of.astype(np.uint16) if sections <= 2**16 else section_of
     sorted_rows = rows[np.argsort(by_section, kind="stable")]
     pieces = np.split(sorted_rows, np.cumsum(counts)[:-1])
-    crc32 = np.array([zlib.crc32(piece.view(np.uint8).data) for piece in pieces], np.uint32)
+    crc32 = np.array([digests.crc32(piece.view(np.uint8).data) for piece in pieces], np.uint32)
     if len(rows):
         store.put(key, [sorted_rows.view(np.uint8).data])
     return Spill(key, counts, crc32)
@@ -84,7 +84,7 @@ def _read(store: ObjectStore, piece: Piece, dtype: np.dtype[Any]) -> Rows:
         data = store.get_range(piece.key, piece.start * dtype.itemsize, length)
     except ObjectNotFound:
         raise damaged(name, f"{length} bytes", "nothing") from None
-    if (found := zlib.crc32(data)) != piece.crc32:
+    if (found := digests.crc32(data)) != piece.crc32:
         raise damaged(name, f"crc32 {piece.crc32:08x}", f"{found:08x}")
     return np.frombuffer(data, dtype)
 

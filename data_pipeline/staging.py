@@ -7,7 +7,6 @@ shard. Written by the score pass, read by the emit pass.
 
 from __future__ import annotations
 
-import zlib
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pyarrow as pa
 from typing_extensions import Buffer
 
 from data_pipeline.arrow_files import BATCH_ROWS, ArrowFile, ArrowReader, damaged
+from data_pipeline.digests import crc32
 from data_pipeline.families import FAMILIES, Family
 from data_pipeline.images import Pixels
 from data_pipeline.storage import ObjectStore
@@ -75,7 +75,10 @@ def column_of(field: pa.Field, rows: Sequence[Row]) -> pa.Array:
 
 def crc32_of(family: Family, row: Row) -> int:
     """crc32 over the family's values in the order of its schema."""
-    return zlib.crc32(b"".join([row[name] for name in family.schema.names]))
+    value = 0
+    for name in family.schema.names:
+        value = crc32(row[name], value)
+    return value
 
 
 class StagedUnit:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from data_pipeline import digests
 from data_pipeline.config import Settings
 from data_pipeline.storage import ObjectNotFound, ObjectStore
 from trainer.engine.engine import Interval
@@ -88,7 +88,7 @@ def _digests(chunks: Sequence[memoryview]) -> tuple[str, list[int]]:
         while len(chunk):
             piece, chunk = chunk[:room], chunk[room:]
             digest.update(piece)
-            check = zlib.crc32(piece, check)
+            check = digests.crc32(piece, check)
             room -= len(piece)
             if room == 0:
                 checks.append(check)
@@ -129,7 +129,7 @@ class PartReader:
         expected = min(BLOCK_BYTES, self._info.bytes - index * BLOCK_BYTES)
         if len(block) != expected:
             raise CheckpointDamaged(f"{self._info.file} block {index}", f"{expected} bytes", f"{len(block)} bytes")
-        check = zlib.crc32(block)
+        check = digests.crc32(block)
         if check != self._info.crc32[index]:
             raise CheckpointDamaged(
                 f"{self._info.file} block {index}", f"crc32 {self._info.crc32[index]:08x}", f"{check:08x}"
