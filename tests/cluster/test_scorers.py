@@ -163,6 +163,7 @@ def on_ray(stack: Any) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.mark.drill
 def test_actors_of_a_ray_cluster_give_the_same_dataset_even_when_each_dies_once(
     on_ray: Callable[..., subprocess.CompletedProcess[str]],
     corpus_values: Any,

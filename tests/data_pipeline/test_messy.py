@@ -37,7 +37,8 @@ TIME_LIMIT_S = 240
 PICTURE_FOLDERS = ("broken", "lies", "bombs", "colour", "exif", "animated", "avif_heif")
 
 BUILD = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 from data_pipeline.build import build_corpus
 from data_pipeline.corpus import CorpusConfig
 from data_pipeline.errors import UserError
@@ -47,7 +48,9 @@ for name, values in json.loads(sys.argv[1]).items():
         summaries[name] = build_corpus(CorpusConfig(**values))
     except UserError as error:
         summaries[name] = {"error": str(error)}
-print(json.dumps([summaries, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+# Not ru_maxrss, which begins at the largest memory of the process that started this one.
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(json.dumps([summaries, int(peak.split()[1]) * 1024]))
 """
 
 
