@@ -1,8 +1,8 @@
 """A corpus build under SIGKILL: of its driver, of a task, of a Ray node, and against a real S3 server on a bad link.
 
 Each time it goes on, or is run again by another executor, and must give what an undisturbed build gave: the same
-dataset id, the same bytes under every key, nothing twice, nothing left over. CI takes one of each kind that needs no server,
-a drill twenty.
+dataset id, the same bytes under every key, nothing twice, nothing left over. CI takes one of each kind that needs no
+server, a drill twenty.
 """
 
 from __future__ import annotations
