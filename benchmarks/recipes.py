@@ -28,7 +28,7 @@ from PIL import Image
 
 from benchmarks.measuring import RESULTS, machine
 from cluster.training import build_swept, train_run
-from data_pipeline.build import CorpusConfig
+from data_pipeline.build import CorpusConfig, unheard
 from data_pipeline.config import find_config, parse, read_values
 from data_pipeline.draws import Draws
 from data_pipeline.loader import Column
@@ -113,7 +113,7 @@ def built(corpus: Path, home: Path, share: str) -> str:
         "filters": {"preset": "none"},
         "budget": None,
     }
-    build_swept(parse(CorpusConfig, values, share), lambda stage, done, total: None)
+    build_swept(parse(CorpusConfig, values, share), unheard)
     return str(values["output"])
 
 

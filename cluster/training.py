@@ -21,7 +21,7 @@ from cluster.launch import Event, launch_local
 from cluster.scorers import scorer_pools
 from cluster.supervise import supervise
 from cluster.tracking import TrackedRun, heldout_of, with_tracking_server
-from data_pipeline.build import CorpusConfig, build_corpus, resolve_output, sweep_build
+from data_pipeline.build import CorpusConfig, build_corpus, resolve_output, sweep_build, unheard
 from data_pipeline.build import Progress as BuildProgress
 from data_pipeline.config import find_config, parse, read_values
 from data_pipeline.corpus import ExecutorSettings
@@ -104,7 +104,7 @@ def launch(
         return launch_ray(spec, settings.workers, settings.device, on_event)
 
 
-def build_demo_dataset(name: str, progress: BuildProgress = lambda stage, done, total, images=0: None) -> None:
+def build_demo_dataset(name: str, progress: BuildProgress = unheard) -> None:
     """Build the dataset of the corpus preset `name` in the state folder, when it is absent."""
     values = read_values(find_config("corpus", name))
     config = resolve_output(parse(CorpusConfig, values, name), name)

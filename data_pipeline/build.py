@@ -47,10 +47,14 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int, total: int, images: int = 0) -> None: ...
 
 
+def unheard(stage: str, done: int, total: int, images: int = 0) -> None:
+    """The Progress of a build that nobody watches."""
+
+
 def build_corpus(
     config: CorpusConfig,
     executor: Executor | None = None,
-    progress: Progress = lambda stage, done, total, images=0: None,
+    progress: Progress = unheard,
     store: ObjectStore | None = None,
     scorers: Sequence[ScorerPool] | None = None,
 ) -> dict[str, Any]:

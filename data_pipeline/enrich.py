@@ -23,7 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from data_pipeline.build import Progress
+from data_pipeline.build import Progress, unheard
 from data_pipeline.clip_tokenizer import BPE_SHA256, CLIP_CONTEXT_TOKENS, MERGES, WORDS, clip_tokens
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.executor import Executor
@@ -105,7 +105,7 @@ def enrich(
     family: str,
     labels: str | None,
     executor: Executor,
-    progress: Progress = lambda stage, done, total, images=0: None,
+    progress: Progress = unheard,
 ) -> dict[str, Any]:
     """Add `family` to the dataset that `uri` names; {dataset_id, family, rows, shards, bytes, …}.
 

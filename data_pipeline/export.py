@@ -18,7 +18,7 @@ from typing import Any
 
 from data_pipeline import manifests
 from data_pipeline.arrow_files import VERIFY_CHUNK_BYTES
-from data_pipeline.build import Progress
+from data_pipeline.build import Progress, unheard
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.executor import Executor
 from data_pipeline.manifests import Document
@@ -33,7 +33,7 @@ def export_webdataset(
     out: str,
     shard_rows: int | None,
     executor: Executor,
-    progress: Progress = lambda stage, done, total, images=0: None,
+    progress: Progress = unheard,
 ) -> dict[str, Any]:
     """Write the dataset that `uri` names to the folder `out`; {dataset_id, rows, shards, bytes, out}.
 

@@ -106,12 +106,6 @@ def read_header(data: bytes) -> Header:
     return header
 
 
-def size_of(data: bytes) -> tuple[int, int]:
-    """(width, height) as the header states them, before orientation. Decodes no pixels. Raises ImageError."""
-    header = read_header(data)
-    return header.width, header.height
-
-
 def decode(data: bytes, enough_side: int | None = None, header: Header | None = None) -> Pixels:
     """RGB uint8 [H, W, 3], upright, in sRGB. Raises ImageError. `header`: where it was read already.
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cluster.scorers import RayScorerPool, scorer_pools
 from cluster.training import build_swept
 from data_pipeline import images
+from data_pipeline.build import unheard
 from data_pipeline.config import parse
 from data_pipeline.corpus import CorpusConfig
 from data_pipeline.errors import UsageError, UserError
@@ -115,7 +116,7 @@ def corpus_values(picture_folder: Path, clip_run: str, tmp_path: Path) -> Callab
 
 
 def build(values: dict[str, Any]) -> dict[str, Any]:
-    return build_swept(parse(CorpusConfig, values, "test"), lambda stage, done, total, images=0: None)
+    return build_swept(parse(CorpusConfig, values, "test"), unheard)
 
 
 def scores_in(output: str) -> NDArray[np.float32]:
