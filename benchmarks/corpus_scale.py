@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from data_pipeline.shards import commit_dataset, commit_family
 from data_pipeline.sources import Input, Unit
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.spills import Piece, Spill
-from data_pipeline.storage import LocalStore
+from data_pipeline.storage import LocalStore, ObjectStore
 
 UNITS = 100_000  # tars of 10,000 pairs, as img2dataset writes them
 NEAR = 4
@@ -55,9 +55,9 @@ def scale(rows: int, shards: int) -> dict[str, Any]:
     prefixes, scored, units = _listed(rows)
     done("listing", units=len(units))
     tasks = _MadeUpTasks(rows, -(-rows // TASK_ROWS))
-    keep = judge(_NoStore(), prefixes, scored, JudgeSettings(near=NEAR), tasks)
+    keep = judge(cast(ObjectStore, _NoStore()), prefixes, scored, JudgeSettings(near=NEAR), tasks)
     done("judging", tasks_by_step=dict(tasks.count), sections=tasks.sections)
-    keep = KeepList(replace(keep.work, store=_MadeUpRows(rows)), _pieces(rows, tasks.sections), ())
+    keep = KeepList(replace(keep.work, store=cast(ObjectStore, _MadeUpRows(rows))), _pieces(rows, tasks.sections), ())
     done("digest of the ids", rows=len(keep), digest=keep.digest()[:16])
     shard_rows = -(-rows // shards)
     plans = planned = 0
@@ -149,11 +149,11 @@ class _MadeUpTasks:
         return self.judge_step(task)
 
     def judge_step(self, task: Task) -> HandedOn:
-        spills = [
+        rows, dropped = (
             self._spill(f"{task.step}-{task.number:05d}.{kind}", self.sections, self.rows // self.sections)
             for kind in ("rows", "dropped")
-        ]
-        return HandedOn(task.number, *spills, {"duplicate": 1})
+        )
+        return HandedOn(task.number, rows, dropped, {"duplicate": 1})
 
     def collapse(self, task: Task) -> tuple[int, Spill, Any]:
         blocks = NEAR + 1

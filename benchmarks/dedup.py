@@ -104,7 +104,8 @@ def _copies(data: bytes) -> Iterator[tuple[str, bytes]]:
 
     def saved(altered: Image.Image, **options: Any) -> bytes:
         sink = io.BytesIO()
-        altered.save(sink, **({"format": "JPEG", "quality": 90} | options))
+        given: dict[str, Any] = {"format": "JPEG", "quality": 90} | options
+        altered.save(sink, **given)
         return sink.getvalue()
 
     yield "original", data
@@ -141,7 +142,7 @@ def _plot(bits: dict[str, NDArray[Any]], between: NDArray[Any], path: Path) -> N
     edges = np.arange(-0.5, 65.5)
     for name, values in groups.items():
         together = np.concatenate(values)
-        axes.hist(together, edges, weights=np.full(len(together), 1 / len(together)), alpha=0.55, label=name)
+        axes.hist(together, edges.tolist(), weights=np.full(len(together), 1 / len(together)), alpha=0.55, label=name)
     axes.set(xlabel="bits that differ, of 64 (always an even number)", ylabel="share of pairs (log)")
     axes.set(yscale="log", xlim=(-1, 60))
     axes.set_title("Perceptual hashes of copies and of different photographs")

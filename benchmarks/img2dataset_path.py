@@ -22,7 +22,7 @@ def resized(folder: str) -> int:
     for path in sorted(Path(folder).glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
-                data = tar.extractfile(member).read()
+                data = tar.extractfile(member).read()  # type: ignore[union-attr]
                 if member.name.endswith(".jpg"):
                     _, width, height, _, _, error = resizer(io.BytesIO(data))
                     assert (width, height, error) == (256, 256, None), (member.name, error)

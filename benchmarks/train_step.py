@@ -140,7 +140,9 @@ def main() -> None:
         pairs = zip(losses[f"glidepath {precision}"], losses[f"plain {precision}"], strict=True)
         worst = max(abs(a - b) / abs(b) for a, b in pairs)
         assert worst < TOLERANCE[precision], f"{precision}: losses differ by {worst:.1e}"
-    ratios = {precision: ratio(seconds, f"plain {precision}", f"glidepath {precision}") for precision in precisions}
+    ratios: dict[str, float] = {
+        precision: ratio(seconds, f"plain {precision}", f"glidepath {precision}") for precision in precisions
+    }
     ratios["bf16 against plain fp32"] = ratio(seconds, "plain fp32", "glidepath bf16")
     for name, found in ratios.items():
         print(f"{name}: {found:.2f}x  (target {TARGETS.get(name, '-')})")
