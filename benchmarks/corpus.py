@@ -6,7 +6,8 @@ FOLDER holds webdataset tars of captioned photographs (in subfolders too), `--la
 `.glidepath/benchmarks/` they are dealt to equal tars, and img2dataset gets its virtual environment. Per core:
 
 - kernels: tarfile, simplejpeg, OpenCV's area filter to 256 and 64, JPEG again; nothing is checked, kept or written;
-- builder: `build_corpus` from listing to the committed dataset, in this process, and with two worker processes;
+- builder: `build_corpus` from listing to the committed dataset, in this process, and with two worker processes; the
+  kernels in two processes show how much of that the machine gives at all;
 - img2dataset: its Resizer (centre crop to 256, area filter, JPEG at 95), one picture out where the builder makes two,
   nothing written;
 - Ray Data: read_webdataset, map with the same kernels, write_parquet, on one CPU.
@@ -44,7 +45,8 @@ from data_pipeline.executor import InlineExecutor, one_thread
 from data_pipeline.manifests import Document
 
 TARGETS = {"P1": 0.85, "P2 img2dataset": 3.0, "P2 Ray Data": 1.5, "two workers": 1.8}
-TARS = {"photographs": 4, "large": 2}  # equal ones, so that two workers end together
+TARS = {"photographs": 4, "large": 2}  # equal ones, so that two workers end together, as they do in a long build
+SHARDS = 2  # for the same reason
 RECORDS = {"photographs": 4240, "large": 400}  # in all; the photographs come again until they are so many
 IMG2DATASET = "img2dataset==1.47.0"
 UPSAMPLER_SIDE, BASE_SIDE = 256, 64
@@ -90,19 +92,27 @@ def kernels(jpeg: bytes) -> tuple[bytes, bytes]:
     return images.encode_jpeg(image256), images.area_resize(image256, BASE_SIDE).tobytes()
 
 
-def run_kernels(folder: Path) -> None:
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                if member.name.endswith(".jpg"):
-                    kernels(data)
+def run_kernels(folder: Path, executor: InlineExecutor | None = None) -> None:
+    for _ in (executor or InlineExecutor()).map(run_kernels_of, sorted(folder.glob("*.tar"))):
+        pass
 
 
-def run_builder(folder: Path, scratch: Path, executor: InlineExecutor | None = None) -> int:
+def run_kernels_of(path: Path) -> None:
+    with tarfile.open(path) as tar:
+        for member in tar:
+            data = tar.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name.endswith(".jpg"):
+                kernels(data)
+
+
+def run_builder(folder: Path, scratch: Path, shard_rows: int = 4096, executor: InlineExecutor | None = None) -> int:
     """Build into a fresh folder; rows of the dataset."""
     config = CorpusConfig.model_validate(
-        {"inputs": [{"kind": "webdataset", "uri": str(folder)}], "output": tempfile.mkdtemp(dir=scratch)}
+        {
+            "inputs": [{"kind": "webdataset", "uri": str(folder)}],
+            "output": tempfile.mkdtemp(dir=scratch),
+            "shard_rows": shard_rows,
+        }
     )
     return int(build_corpus(config, executor)["rows"])
 
@@ -171,7 +181,9 @@ class Rivals:
     ray_data: bool
 
 
-def measure_speed(folder: Path, scratch: Path, repetitions: int, others: dict[str, Callable[[], Any]]) -> Document:
+def measure_speed(
+    builder: Callable[[], Any], folder: Path, repetitions: int, others: dict[str, Callable[[], Any]]
+) -> Document:
     """Seconds of each candidate on one folder, of wall clock and, for those in this process, of CPU."""
     cpu: dict[str, list[float]] = {}
 
@@ -185,7 +197,7 @@ def measure_speed(folder: Path, scratch: Path, repetitions: int, others: dict[st
 
     candidates: dict[str, Callable[[], Any]] = {
         "kernels": with_cpu("kernels", lambda: run_kernels(folder)),
-        "builder": with_cpu("builder", lambda: run_builder(folder, scratch)),
+        "builder": with_cpu("builder", builder),
     }
     seconds = interleaved(candidates | others, repetitions)
     cpu = {name: values[1:] for name, values in cpu.items()}  # without the warm-up
@@ -196,6 +208,7 @@ def measure_speed(folder: Path, scratch: Path, repetitions: int, others: dict[st
         ratios["P2 Ray Data"] = ratio(seconds, "Ray Data", "builder")
     if "builder, 2 workers" in seconds:
         ratios["two workers"] = ratio(seconds, "builder", "builder, 2 workers")
+        ratios["two processes of kernels"] = ratio(seconds, "kernels", "kernels, 2 processes")
     for name, found in ratios.items():
         print(f"{folder.name}: {name} {found:.2f}  (target {TARGETS.get(name, '-')})", flush=True)
     return {"seconds": seconds, "cpu_seconds": cpu, "ratios": ratios}
@@ -243,14 +256,17 @@ def measure_corpus(name: str, source: Path, arguments: argparse.Namespace, scrat
     """Speed on one corpus, dealt from `source`."""
     records = round(arguments.scale * RECORDS[name])
     folder = deal(list(photographs_of(source)), scratch / name, records, TARS[name])
+    shard_rows = -(-records // SHARDS)
     others: dict[str, Callable[[], Any]] = {}
     if rivals.img2dataset is not None:
         others["img2dataset"] = partial(rivals.img2dataset.run, folder, records)
     if name == "photographs":
-        others["builder, 2 workers"] = partial(run_builder, folder, scratch, rivals.two_workers)
+        others["builder, 2 workers"] = partial(run_builder, folder, scratch, shard_rows, rivals.two_workers)
+        others["kernels, 2 processes"] = partial(run_kernels, folder, rivals.two_workers)
         if rivals.ray_data:
             others["Ray Data"] = partial(run_ray_data, folder, scratch)
-    measured = measure_speed(folder, scratch, arguments.repetitions, others)
+    builder = partial(run_builder, folder, scratch, shard_rows)
+    measured = measure_speed(builder, folder, arguments.repetitions, others)
     return measured | {
         "records": records,
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),

@@ -34,7 +34,7 @@ from data_pipeline.digests import content_digest
 from data_pipeline.errors import UserError
 from data_pipeline.executor import Executor
 from data_pipeline.families import BASE_SIDE
-from data_pipeline.perceptual_hash import HASH_VERSION, perceptual_hash
+from data_pipeline.perceptual_hash import HASH_VERSION, perceptual_hash, perceptual_hashes
 from data_pipeline.records import Record, Rejected
 from data_pipeline.shards import Dataset, open_dataset
 from data_pipeline.sources import Input, Unit, list_units, read_records
@@ -189,7 +189,7 @@ def _read_shard(dataset: Dataset, shard: int, found: Found) -> None:
     for number in range(len(reader)):
         batch = reader.batch(number)
         pictures = batch["image64"].flatten().to_numpy().reshape(-1, BASE_SIDE, BASE_SIDE, 3)
-        found.hashes.extend(perceptual_hash(picture) for picture in pictures)
+        found.hashes.extend(perceptual_hashes(pictures).tolist())
         found.captions.extend(batch["caption"].to_pylist())
 
 

@@ -49,7 +49,19 @@ Image.init()  # registers them; a format that Pillow does not know would make ev
 if missing := set(FORMATS) - set(Image.OPEN):
     raise ImportError(f"this Pillow cannot open {sorted(missing)}; install the wheel from PyPI")
 
+# By EXIF orientation (CIPA DC-008, tag 0x0112): the upright picture is the stored one flipped top to bottom, left to
+# right, then transposed.
 EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: (False, True, False),
+    3: (True, True, False),
+    4: (True, False, False),
+    5: (False, False, True),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (False, True, True),
+}
+_QUARTER_TURNS = {6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 # DALL-E's near-central crop (Ramesh et al. 2021, appendix A, listing 2): the square lies between 3/8 and 5/8 of the
 # slack; of the square, enlarged to at most 9/8 of the side that is stored, a random window of that side is kept.
@@ -84,9 +96,11 @@ class Header:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """Upright RGB in the picture's own colours, and the profile that says what these are."""
+    """RGB in the picture's own colours and as it lies in the file: how it is to be turned, and the profile that says
+    what its colours are."""
 
     pixels: Pixels
+    orientation: int
     profile: bytes | None
     space: Space
 
@@ -113,7 +127,7 @@ def decode(data: bytes, enough_side: int | None = None, header: Header | None = 
     decoding a camera's picture for a 256 px crop then costs a small part of the full price.
     """
     decoded = _decode(data, enough_side, header)
-    return to_srgb(decoded.pixels, decoded.profile, decoded.space)
+    return to_srgb(_upright(decoded.pixels, decoded.orientation), decoded.profile, decoded.space)
 
 
 def decode_square(data: bytes, side: int, policy: Crop, picture: int, header: Header | None = None) -> Pixels:
@@ -130,11 +144,12 @@ def decode_square(data: bytes, side: int, policy: Crop, picture: int, header: He
     Storing the square as JPEG at quality 95 leaves 41.0 dB and 38.9 dB (medians). COCO's are the hard case: reduced
     before, they have detail in every pixel, which libjpeg's reduction keeps sharper than an area filter does.
 
-    Colours are converted after resizing: a sixth of the pixels of a small photograph.
+    The square alone is turned upright, before resizing. Colours are converted after it: a sixth of the pixels of a
+    small photograph.
     """
     decoded = _decode(data, 2 * side, header)
-    square = area_resize(crop(decoded.pixels, policy, picture, side), side)
-    return to_srgb(square, decoded.profile, decoded.space)
+    square = _upright(_cropped(decoded, policy, picture, side), decoded.orientation)
+    return to_srgb(area_resize(square, side), decoded.profile, decoded.space)
 
 
 def decode_stored(jpeg: Buffer) -> Pixels:
@@ -153,29 +168,45 @@ def encode_jpeg(pixels: Pixels) -> bytes:
 
 def centre_crop(pixels: Pixels) -> Pixels:
     """The largest centred square of [H, W, 3], as a view."""
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return pixels[top : top + side, left : left + side]
+    return crop(pixels, "centre", picture=0, side=0)
 
 
 def crop(pixels: Pixels, policy: Crop, picture: int, side: int) -> Pixels:
-    """The square of [H, W, 3] that is kept to become [side, side, 3], as a view.
+    """The square of upright [H, W, 3] that is kept to become [side, side, 3], as a view.
 
     `centre`: the largest centred one. `near_centre`: DALL-E's, decided by `picture`, its id; never smaller than
     8/9 of the largest square, nor than `side` pixels.
     """
-    if policy == "centre":
-        return centre_crop(pixels)
     height, width = pixels.shape[:2]
+    top, left, kept = _place(height, width, policy, picture, side)
+    return pixels[top : top + kept, left : left + kept]
+
+
+def _cropped(decoded: _Decoded, policy: Crop, picture: int, side: int) -> Pixels:
+    """`crop` of the upright picture, as a view of it as it lies in the file."""
+    flipped_down, flipped_right, transposed = _TURNS.get(decoded.orientation, (False, False, False))
+    height, width = decoded.pixels.shape[:2]
+    if transposed:
+        left, top, kept = _place(width, height, policy, picture, side)
+    else:
+        top, left, kept = _place(height, width, policy, picture, side)
+    top = height - top - kept if flipped_down else top
+    left = width - left - kept if flipped_right else left
+    return decoded.pixels[top : top + kept, left : left + kept]
+
+
+def _place(height: int, width: int, policy: Crop, picture: int, side: int) -> tuple[int, int, int]:
+    """(top, left, kept side) of the square that `crop` keeps."""
     largest = min(height, width)
+    if policy == "centre":
+        return (height - largest) // 2, (width - largest) // 2, largest
     down, right, enlarged, inner_down, inner_right = _uniforms(picture, 5)
     enlargement = 1 + enlarged * max(min(LARGEST_ENLARGEMENT, largest / side) - 1, 0)
     kept = round(largest / enlargement)
     low, high = NEAR_CENTRE
     top = (height - largest) * (low + (high - low) * down) + (largest - kept) * inner_down
     left = (width - largest) * (low + (high - low) * right) + (largest - kept) * inner_right
-    return pixels[round(top) :, round(left) :][:kept, :kept]
+    return round(top), round(left), kept
 
 
 def _uniforms(picture: int, count: int) -> list[float]:
@@ -213,7 +244,7 @@ def _decode(data: bytes, enough_side: int | None, header: Header | None) -> _Dec
         pixels = _decode_plain_jpeg(data, enough_side)
         if pixels is not None:
             orientation, profile = _read_markers(data)
-            return _Decoded(_upright(pixels, orientation), profile, "GRAY" if header.plain == "Gray" else "RGB")
+            return _Decoded(pixels, orientation, profile, "GRAY" if header.plain == "Gray" else "RGB")
     return _decode_with_pillow(data)
 
 
@@ -273,15 +304,15 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """[H, W, 3] turned and mirrored by EXIF orientation (CIPA DC-008, tag 0x0112); unknown values change nothing."""
-    if not 2 <= orientation <= 8:
-        return np.ascontiguousarray(pixels)
-    turns = {2: 0, 3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}[orientation]
-    mirrored = pixels[:, ::-1] if orientation in (2, 4) else pixels
-    turned = np.rot90(mirrored, turns)
-    if orientation in (5, 7):
-        turned = turned[:, ::-1]
-    return np.ascontiguousarray(turned)
+    """[H, W, 3] turned and mirrored by EXIF orientation; unknown values change nothing."""
+    # By OpenCV: numpy copies turned pixels one by one, which took a third of the time of a camera's picture. A quarter
+    # turn at once takes half of what a flip and a transposition do.
+    if orientation in _QUARTER_TURNS:
+        return cast(Pixels, cv2.rotate(pixels, _QUARTER_TURNS[orientation]))
+    flipped_down, flipped_right, transposed = _TURNS.get(orientation, (False, False, False))
+    if flipped_down or flipped_right:
+        pixels = cast(Pixels, cv2.flip(pixels, -1 if flipped_down and flipped_right else int(flipped_right)))
+    return cast(Pixels, cv2.transpose(pixels)) if transposed else pixels
 
 
 def _open(data: bytes) -> Image.Image:
@@ -313,7 +344,7 @@ def _decode_with_pillow(data: bytes) -> _Decoded:
             raise
         except Exception as error:  # noqa: BLE001  (OSError, ValueError, TypeError, … from hostile pixel data)
             raise ImageError("image_damaged", f"{type(error).__name__}: {error}") from None
-        return _Decoded(_upright(pixels, _orientation(image)), profile, space)
+        return _Decoded(pixels, _orientation(image), profile, space)
 
 
 def _to_rgb(image: Image.Image, cmyk_profile: bytes | None = None) -> Pixels:

@@ -8,18 +8,21 @@ other: the frequencies of a single colour, a gradient or a dot are zeros and noi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.images import Pixels
 
 HASH_VERSION = "dct-3"  # raise it when the same picture can give another hash than before
 
 SIDE, LOW = 64, 8
-# DCT-II of 32 means of two pixels each, the lowest rows, in steps of 2^-16: no sum is above 2^8 * (2^16 * 64)^2 = 2^52.
-# Doubles are exact to 2^53. By cv2.gemm: with numpy's product a picture cost the builder 0.25 ms more, of 1.7 ms.
+# DCT-II of 32 sums of two pixels each, the lowest rows, in steps of 2^-16: no sum is above 2^8 * (2^16 * 64)^2 = 2^52.
+# Doubles are exact to 2^53.
 _ANGLES = np.pi * np.outer(np.arange(LOW), 2 * np.arange(SIDE // 2) + 1) / SIDE
-_COSINES = np.rint(np.cos(_ANGLES).repeat(2, axis=1) * np.where(np.arange(LOW), 1.0, 0.5**0.5)[:, None] * 2**16)
+_COSINES = np.rint(np.cos(_ANGLES) * np.where(np.arange(LOW), 1.0, 0.5**0.5)[:, None] * 2**16)
 
 # Least median of the frequencies' sizes beside the mean: an eighth of a grey level. Of 700 photographs the plainest has
 # five times that, noise of three grey levels on one colour less than half.
@@ -27,13 +30,24 @@ PLAIN = 2**39
 
 
 def perceptual_hash(image64: Pixels) -> int:
-    """pHash (Zauner 2010) of uint8 [64, 64, 3]: which of the 64 lowest cosine frequencies are above their median."""
-    grey = cv2.cvtColor(image64, cv2.COLOR_RGB2GRAY).astype(np.float64)
-    # The stubs want a third matrix, which there need not be.
-    columns = cv2.gemm(grey, _COSINES, 1, None, 0, flags=cv2.GEMM_2_T)  # type: ignore[call-overload]
-    low = cv2.gemm(_COSINES, columns, 1, None, 0).ravel()  # type: ignore[call-overload]
+    """The hash of one picture, uint8 [64, 64, 3]."""
+    return int(perceptual_hashes([image64])[0])
+
+
+def perceptual_hashes(images64: Sequence[Pixels] | Pixels) -> NDArray[np.uint64]:
+    """pHash (Zauner 2010) [n] of n pictures uint8 [64, 64, 3]: which of the 64 lowest cosine frequencies are above the
+    median of all 64.
+
+    Together: 0.013 ms each for 256 pictures, where one by one took 0.15 ms between their decodings.
+    """
+    if not len(images64):
+        return np.empty(0, np.uint64)
+    grey = cv2.cvtColor(np.concatenate(images64), cv2.COLOR_RGB2GRAY).reshape(-1, SIDE // 2, 2, SIDE).astype(np.uint16)
+    rows = grey[:, :, 0] + grey[:, :, 1]
+    halves = (rows[:, :, 0::2] + rows[:, :, 1::2]).astype(np.float64)  # [n, 32, 32]
+    low = (_COSINES @ (halves @ _COSINES.T)).reshape(-1, LOW * LOW)
     middle = LOW * LOW // 2 - 1  # np.median costs five times as much
-    if np.partition(np.abs(low[1:]), middle)[middle] < PLAIN:
-        return 0
-    lower_median = np.partition(low, middle)[middle]
-    return int.from_bytes(np.packbits(low > lower_median).tobytes(), "big")
+    sizes = np.partition(np.abs(low[:, 1:]), middle, axis=1)[:, middle]
+    lower_median = np.partition(low, middle, axis=1)[:, middle]
+    bits = np.packbits(low > lower_median[:, None], axis=1).view(">u8")[:, 0]
+    return np.where(sizes < PLAIN, 0, bits).astype(np.uint64)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.families import BASE_SIDE, CODEC_VERSIONS, UPSAMPLER_SIDE
 from data_pipeline.filters import Facts, Thresholds, absent_columns, reason_to_drop, reason_to_drop_pixels
 from data_pipeline.manifests import Document, digest_of
-from data_pipeline.perceptual_hash import HASH_VERSION, perceptual_hash
+from data_pipeline.perceptual_hash import HASH_VERSION, perceptual_hashes
 from data_pipeline.records import RECORDS_VERSION, Record, Rejected
 from data_pipeline.sources import Unit, read_records
 from data_pipeline.staging import STAGED_SCHEMA, Survivor, stage
@@ -41,11 +41,17 @@ FORMAT = "glidepath-unit-3"
 UNIT_FILES = ("rows.arrow", "verdicts.parquet", "quarantine.parquet")  # that a unit's manifest commits
 NAMED_BAD_RECORDS = 10  # in a unit's manifest and in messages; the quarantine table has all
 
+# Records that are scored together: BATCH_ROWS of them, or as many as have these bytes.
+BATCH_BYTES = 4 * 2**20
+
 # A table's rows wait in memory for their row group until they are so many, or take so much; what is packed of them
 # waits there up to SPOOL_BYTES, then on the disk.
 GROUP_ROWS, GROUP_BYTES, SPOOL_BYTES = 4096, 8 * 2**20, 16 * 2**20
 PIECE_BYTES = 2**20
 NUMBER_BYTES = 100  # about what a named number takes
+
+# A row of VERDICT_SCHEMA on its way, by column; and `detail`, which is no column, where the record is broken.
+Verdict = dict[str, Any]
 
 VERDICT_SCHEMA = pa.schema(
     {
@@ -150,19 +156,38 @@ class Tables:
         self.verdicts.close()
         self.quarantine.close()
 
-    def drop(self, verdict: dict[str, Any], reason: str, detail: str | None = None) -> None:
-        """`detail` is given for a broken record, not for a filtered one."""
-        self.verdicts.append(verdict | {"reason": reason})
-        self.dropped[reason] += 1
+    def add(self, verdict: Verdict) -> None:
+        """A pair with a `reason` is dropped; with a `detail` as well it is broken, not filtered. Others are kept."""
+        reason, detail = verdict.get("reason"), verdict.get("detail")
+        if reason is None:
+            verdict["row"] = self.kept
+            self.kept += 1
+        else:
+            self.dropped[reason] += 1
         if detail is not None:
             broken = {"key": verdict["key"], "reason": reason, "detail": detail}
             self.quarantine.append(broken)
             if len(self.bad) < NAMED_BAD_RECORDS:
                 self.bad.append(broken)
+        self.verdicts.append(verdict)
 
-    def keep(self, verdict: dict[str, Any]) -> None:
-        self.verdicts.append(verdict | {"row": self.kept})
-        self.kept += 1
+
+@dataclass(slots=True)
+class _Picture:
+    """A record with a sound header, and the verdicts on those of its captions that no filter dropped."""
+
+    record: Record
+    header: images.Header
+    verdicts: list[Verdict]
+
+
+@dataclass(slots=True)
+class _Made:
+    """The same verdicts, and what is stored of the picture. image64 uint8 [64, 64, 3]; image256 is a JPEG."""
+
+    verdicts: list[Verdict]
+    image64: images.Pixels
+    image256: bytes
 
 
 def row_id(unit_digest: str, key: str, caption_index: int = 0) -> int:
@@ -219,37 +244,80 @@ def _staged(
     unit: Unit, records: Iterable[Record | Rejected] | None, settings: ScoreSettings, tables: Tables
 ) -> Iterator[pa.RecordBatch]:
     waiting: list[Survivor] = []
-    for record in read_records(unit) if records is None else records:
-        for survivor in _score(unit, record, settings, tables):
-            waiting.append(survivor)
-            if len(waiting) == BATCH_ROWS:
-                yield stage(waiting)
-                waiting.clear()
+    for batch in _batches(read_records(unit) if records is None else records):
+        waiting += _score(unit, batch, settings, tables)
+        if len(waiting) >= BATCH_ROWS:
+            whole = len(waiting) // BATCH_ROWS * BATCH_ROWS
+            yield from (stage(waiting[start : start + BATCH_ROWS]) for start in range(0, whole, BATCH_ROWS))
+            del waiting[:whole]
     if waiting:
         yield stage(waiting)
 
 
-def _score(unit: Unit, record: Record | Rejected, settings: ScoreSettings, tables: Tables) -> Iterator[Survivor]:
-    """The survivors among a record's captions, after a verdict on each. The cheap checks come before the decoding."""
+def _batches(records: Iterable[Record | Rejected]) -> Iterator[list[Record | Rejected]]:
+    """At most BATCH_ROWS records at a time, without the last of which they have less than BATCH_BYTES."""
+    batch: list[Record | Rejected] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        if isinstance(record, Record):
+            size += len(record.image_bytes) + sum(map(len, record.captions))
+        if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _score(
+    unit: Unit, batch: Sequence[Record | Rejected], settings: ScoreSettings, tables: Tables
+) -> Iterator[Survivor]:
+    """The survivors of a batch, after a verdict on each pair. The cheap checks come before the decoding.
+
+    Step by step, each for the whole batch: between two decodings the small steps take twice their time, since the
+    processor has to fetch their code and data anew for every picture.
+    """
+    verdicts: list[Verdict] = []
+    pictures = [picture for record in batch if (picture := _examined(unit, record, settings, tables, verdicts))]
+    made = [stored for picture in pictures if (stored := _made(picture, settings.crop))]
+    hashes = perceptual_hashes([stored.image64 for stored in made]).tolist()
+    for stored, hash_ in zip(made, hashes, strict=True):
+        reason = reason_to_drop_pixels(stored.image64, settings.limits)
+        seen = {"pixels_digest": content_digest(stored.image256), "perceptual_hash": hash_, "reason": reason}
+        for verdict in stored.verdicts:
+            verdict |= seen
+    for verdict in verdicts:
+        tables.add(verdict)
+    for stored in made:
+        for verdict in stored.verdicts:
+            if verdict["reason"] is None:
+                yield Survivor(verdict["id"], verdict["caption"], stored.image64, stored.image256)
+
+
+def _examined(
+    unit: Unit, record: Record | Rejected, settings: ScoreSettings, tables: Tables, verdicts: list[Verdict]
+) -> _Picture | None:
+    """The picture if it is worth decoding. A verdict on each of its captions is added to `verdicts`."""
     picture = row_id(unit.digest, record.key)
-    verdict: dict[str, Any] = {"id": picture, "picture": picture, "key": record.key}
+    about_picture: Verdict = {"id": picture, "picture": picture, "key": record.key}
     if isinstance(record, Rejected):
-        tables.drop(verdict, record.reason, record.detail)
-        return
+        verdicts.append(about_picture | {"reason": record.reason, "detail": record.detail})
+        return None
     tables.pictures += 1
-    data = record.image_bytes
-    verdict |= {"file_bytes": len(data), "image_digest": content_digest(data)}
-    verdict["columns"] = list(record.columns.items())
     tables.columns.update(record.columns)
+    data = record.image_bytes
+    about_picture |= {"file_bytes": len(data), "image_digest": content_digest(data)}
+    about_picture["columns"] = list(record.columns.items())
     header = _header_of(data)
     fitting = []
     for index in chosen_captions(settings.captions, picture, len(record.captions)):
-        about = {"caption_index": index, "caption_raw": record.captions[index]}
-        one = verdict | about | {"id": row_id(unit.digest, record.key, index)}
-        if (caption := _captioned(record, index, header, settings.limits, one, tables)) is not None:
-            fitting.append((one, caption))
-    if fitting and isinstance(header, images.Header):
-        yield from _pictured(record, header, fitting, settings, tables)
+        verdict = about_picture | {"caption_index": index, "caption_raw": record.captions[index]}
+        verdict["id"] = row_id(unit.digest, record.key, index)
+        verdict |= _captioned(record, index, header, settings.limits)
+        verdicts.append(verdict)
+        if "reason" not in verdict:
+            fitting.append(verdict)
+    return _Picture(record, header, fitting) if fitting and isinstance(header, images.Header) else None
 
 
 def _header_of(data: bytes) -> images.Header | images.ImageError:
@@ -261,55 +329,30 @@ def _header_of(data: bytes) -> images.Header | images.ImageError:
         return images.ImageError(error.reason, error.detail)
 
 
-def _captioned(
-    record: Record,
-    index: int,
-    header: images.Header | images.ImageError,
-    limits: Thresholds,
-    verdict: dict[str, Any],
-    tables: Tables,
-) -> str | None:
-    """The caption, or None after its verdict has said why not. Nothing is decoded."""
+def _captioned(record: Record, index: int, header: images.Header | images.ImageError, limits: Thresholds) -> Verdict:
+    """What the caption and the header add to a verdict. Nothing is decoded."""
     try:
         caption = normalise(record.captions[index])
     except CaptionError as error:
-        tables.drop(verdict, error.reason, str(error))
-        return None
+        return {"reason": error.reason, "detail": str(error)}
     if isinstance(header, images.ImageError):
-        tables.drop(verdict, header.reason, str(header))
-        return None
-    verdict |= {"caption": caption, "width": header.width, "height": header.height}
+        return {"reason": header.reason, "detail": str(header)}
+    seen = {"caption": caption, "width": header.width, "height": header.height}
     facts = Facts(header.width, header.height, len(record.image_bytes), caption, record.columns)
-    if (reason := reason_to_drop(facts, limits)) is not None:
-        tables.drop(verdict, reason)
-        return None
-    return caption
+    reason = reason_to_drop(facts, limits)
+    return seen if reason is None else seen | {"reason": reason}
 
 
-def _pictured(
-    record: Record,
-    header: images.Header,
-    fitting: list[tuple[dict[str, Any], str]],
-    settings: ScoreSettings,
-    tables: Tables,
-) -> Iterator[Survivor]:
-    """Decode the picture once for all of its captions, and judge it by its pixels."""
-    picture = fitting[0][0]["picture"]
+def _made(picture: _Picture, crop: images.Crop) -> _Made | None:
+    """The picture decoded, once for all of its captions; None after their verdicts have said why not."""
+    data, id_ = picture.record.image_bytes, picture.verdicts[0]["picture"]
     try:
-        image256 = images.decode_square(record.image_bytes, UPSAMPLER_SIDE, settings.crop, picture, header)
+        image256 = images.decode_square(data, UPSAMPLER_SIDE, crop, id_, picture.header)
     except images.ImageError as error:
-        for verdict, _ in fitting:
-            tables.drop(verdict, error.reason, str(error))
-        return
+        for verdict in picture.verdicts:
+            verdict |= {"reason": error.reason, "detail": str(error)}
+        return None
     # From the 256 px picture, as the upsampler's condition is. Against reducing the source at once: 0.06 grey levels on
     # average (at most 7) for sources of 640x480, 0.55 (at most 10) for those of 224 px, which are enlarged first.
     image64 = images.area_resize(image256, BASE_SIDE)
-    reason = reason_to_drop_pixels(image64, settings.limits)
-    jpeg = images.encode_jpeg(image256)
-    seen = {"pixels_digest": content_digest(jpeg), "perceptual_hash": perceptual_hash(image64)}
-    for verdict, caption in fitting:
-        if reason is not None:
-            tables.drop(verdict | seen, reason)
-            continue
-        tables.keep(verdict | seen)
-        yield Survivor(verdict["id"], caption, image64, jpeg)
+    return _Made(picture.verdicts, image64, images.encode_jpeg(image256))

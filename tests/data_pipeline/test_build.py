@@ -185,6 +185,17 @@ def test_messy_tars_are_built_with_every_record_kept_or_counted(tmp_path: Path, 
     assert {"tar_unreadable", "tar_truncated", "not_a_file", "unsafe_name", "duplicate_key"} <= set(funnel["dropped"])
 
 
+def test_records_scored_one_by_one_give_the_bytes_of_those_scored_together(
+    tmp_path: Path, messy: Path, monkeypatch
+) -> None:
+    settings = {"kind": "img2dataset", "budget": None, "captions": "all", "filters": {"min_deviation": 5}}
+    together = build(tmp_path / "one", messy / "tars", **settings)
+    assert together["funnel"]["out"] >= 12 and len(together["funnel"]["dropped"]) > 5
+    monkeypatch.setattr(score, "BATCH_BYTES", 0)
+    build(tmp_path / "two", messy / "tars", **settings)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def test_messy_pictures_are_built_with_every_file_kept_or_counted(tmp_path: Path, messy: Path) -> None:
     folder = tmp_path / "pictures"
     expected = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 import subprocess
 import sys
@@ -117,6 +118,19 @@ def test_orientation_is_applied_as_pillow_applies_it(orientation: int, format_: 
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     difference = np.abs(images.decode(data).astype(int) - expected)
     assert difference.max() <= 4  # Pillow's own libjpeg rounds chroma differently
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_the_square_of_a_turned_picture_is_cut_from_the_upright_one_to_the_pixel(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[images.EXIF_ORIENTATION] = orientation
+    pixels = np.random.default_rng(orientation).integers(0, 256, (97, 152, 3), dtype=np.uint8)  # odd slack
+    for size in ((152, 97), (97, 152)):
+        data = saved(Image.fromarray(pixels).resize(size), "JPEG", exif=exif)
+        for policy, picture in itertools.product(("centre", "near_centre"), (1, 2**63 + 5)):
+            upright = images.decode(data, enough_side=80)
+            expected = images.area_resize(images.crop(upright, policy, picture, 40), 40)
+            assert np.array_equal(images.decode_square(data, 40, policy, picture), expected), (size, policy)
 
 
 def test_transparency_lies_on_white() -> None:
