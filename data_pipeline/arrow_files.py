@@ -33,7 +33,13 @@ VERIFY_CHUNK_BYTES = 8 * 2**20
 
 
 class ShardDamaged(UserError):
-    """Stored rows are not what was written. `name` is the object and the batch."""
+    """Stored rows are not what was written. `name` is the object and the batch.
+
+    `batch`: the record batch; None: the whole file. `shard`: which one of its dataset, where the reader knows that.
+    """
+
+    batch: int | None = None
+    shard: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,12 +142,18 @@ class _Sink(io.RawIOBase):
 class ArrowReader:
     """Random access to the batches of one stored file, memory-mapped; safe to share between threads.
 
-    Of a distant store the file is copied to the cache first, checked on the way. Where the cache has no room for it,
-    each batch is read from the store at each use.
+    Of a distant store the file is copied to the cache first, checked on the way. Where that cannot be (no room, a
+    damaged batch, `cached` False) each batch is read from the store at each use.
     """
 
     def __init__(
-        self, store: ObjectStore, key: str, schema: pa.Schema, description: ArrowFile, check_batches: bool = True
+        self,
+        store: ObjectStore,
+        key: str,
+        schema: pa.Schema,
+        description: ArrowFile,
+        check_batches: bool = True,
+        cached: bool = True,
     ) -> None:
         """Raises ShardDamaged if the object is absent or has another size.
 
@@ -153,63 +165,81 @@ class ArrowReader:
         self._lock = threading.Lock()
         path = store.local_path(key)
         self._distant = path is None
-        self._file = self._open_cached() if path is None else self._map(path)
+        self._mapped: pa.Buffer | None = None  # the whole file; None: batch by batch
+        if path is not None:
+            self._mapped = self._map(path)
+        elif cached:
+            self._mapped = self._open_cached()
 
     def __len__(self) -> int:
         return len(self.description.batches)
 
     def batch(self, index: int) -> pa.RecordBatch:
         """Batch `index`, sharing the mapped memory; its crc32 is checked at its first use. Raises ShardDamaged."""
+        return pa.ipc.read_record_batch(self.message(index), self.schema)
+
+    def message(self, index: int) -> pa.Buffer:
+        """The bytes of batch `index`, as `batch` reads them."""
+        if index not in self._checked and self._mapped is not None:
+            with self._lock:
+                if index not in self._checked:
+                    self._check_mapped(index)
+        mapped = self._mapped
+        if mapped is None:
+            return pa.py_buffer(self._fetch(index))
         place = self.description.batches[index]
-        with self._lock:  # the mapped file has one read position
-            if self._file is not None and index not in self._checked:
-                self._check_mapped(index, self._file)
-            if self._file is None:
-                message = pa.py_buffer(self._fetch(index))
-            else:
-                self._file.seek(place.offset)
-                message = self._file.read_buffer(place.length)
-        return pa.ipc.read_record_batch(message, self.schema)
+        return mapped.slice(place.offset, place.length)
 
     def distrust(self) -> None:
         """Bytes were found damaged: if they are a cached copy, the next reader gets a fresh one."""
         if self._distant:
-            machine_cache().forget(self._cache_name())
+            machine_cache().forget(self.cache_name())
 
-    def _check_mapped(self, index: int, file: pa.MemoryMappedFile) -> None:
+    def _check_mapped(self, index: int) -> None:
         """Raises ShardDamaged; but a damaged copy in the cache is replaced by a fresh one, which was checked."""
+        if self._mapped is None:
+            return
         place = self.description.batches[index]
-        file.seek(place.offset)
         try:
-            self._check(index, file.read_buffer(place.length))
+            self._check(index, self._mapped.slice(place.offset, place.length))
         except ShardDamaged as damage:
-            if self._distant:
-                log.warning("%s in the cache; taking it from the store again", damage)
-                self.distrust()
-                self._file = self._open_cached()
-            else:
+            if not self._distant:
                 raise
+            log.warning("%s in the cache; taking it from the store again", damage)
+            self.distrust()
+            self._mapped = self._open_cached()
         self._checked.add(index)
 
-    def _map(self, path: Path) -> pa.MemoryMappedFile:
+    def _map(self, path: Path) -> pa.Buffer:
         found = os.stat(path).st_size if path.is_file() else None
         if found != self.description.bytes:
             # Reading past the end of a mapped file kills the process, so a short one is never mapped.
             raise damaged(
                 self.name, f"{self.description.bytes} bytes", "nothing" if found is None else f"{found} bytes"
             )
-        return pa.memory_map(str(path))
+        with pa.memory_map(str(path)) as file:  # the mapping outlives the descriptor
+            return file.read_buffer()
 
-    def _open_cached(self) -> pa.MemoryMappedFile | None:
+    def _open_cached(self) -> pa.Buffer | None:
         try:
-            return machine_cache().open(self._cache_name(), self.description.bytes, self._fetch_all, self._map)
+            return machine_cache().open(self.cache_name(), self.description.bytes, self._fetch_all, self._map)
         except CacheFull as full:
             log.warning("%s: %s; reading it from the store, batch by batch", self.name, full)
-            return None
+        except ShardDamaged as damage:
+            if damage.batch is None:
+                raise
+            # The others are whole, and whoever needs this one is told then.
+            log.warning("%s; the file is not cached, but read from the store, batch by batch", damage)
         except ValueError as error:
             raise damaged(self.name, f"{self.description.bytes} bytes", str(error)) from None
+        return None
 
-    def _cache_name(self) -> str:
+    @property
+    def in_cache(self) -> bool:
+        """Whether this is a distant file of which the cache has a copy."""
+        return self._distant and self._mapped is not None
+
+    def cache_name(self) -> str:
         """By content, not by place: two stores may have had one URI, and one content may lie in two."""
         return hashlib.sha256(canonical_json([str(self.schema), self.description.to_json()])).hexdigest()
 
@@ -237,7 +267,9 @@ class ArrowReader:
     def _check(self, index: int, message: Any) -> None:
         expected, found = self.description.batches[index].crc32, f"{digests.crc32(message):08x}"
         if found != expected:
-            raise damaged(f"{self.name} batch {index}", f"crc32 {expected}", found)
+            damage = damaged(f"{self.name} batch {index}", f"crc32 {expected}", found)
+            damage.batch = index
+            raise damage
 
 
 def damaged(name: str, expected: str, found: str) -> ShardDamaged:

@@ -1,29 +1,61 @@
 """Loader: the batches of one rank, in the order of SampleOrder, prepared ahead by threads.
 
 Always holds: which rows a rank sees at a position depends only on the order, the rank and the world size; reading ahead
-changes when rows are read, never which. Rows come straight from memory-mapped shards; `prepare` (the recipe's pure
-function) runs in the threads. Called by the training loop and by held-out evaluation.
+changes when rows are read, never which, and batches come in order whatever the threads do. Rows come straight from
+memory-mapped shards; `prepare` (the recipe's pure function) runs in the threads. Called by the training loop and by
+held-out evaluation.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
 
+from data_pipeline.ahead import Ahead, shards_needed
+from data_pipeline.config import Settings
 from data_pipeline.draws import Draws
+from data_pipeline.families import KNOWN_FAMILIES
 from data_pipeline.order import SampleOrder, micro_batches
-from data_pipeline.shards import Dataset
+from data_pipeline.shard_reader import Columns, Rows, empty_columns
+from data_pipeline.shards import Dataset, ShardDamaged
+from data_pipeline.storage.cache import machine_cache
+from data_pipeline.substitutes import Integers, Place, Substitutes
 
-Rows = Mapping[str, Any]  # column -> numpy array [b, ...], or a list of str / bytes for columns of varying length
 Prepare = Callable[[Rows, Draws], Any]
+Positive = Annotated[int, Field(gt=0)]
+
+MOST_THREADS = 8  # that `auto` gives: beyond that Python's lock is what they wait for
+
+
+class LoaderSettings(Settings):
+    """How batches are brought, which changes none of them; but for damage, see `on_damage`."""
+
+    threads: Literal["auto"] | Positive = (
+        "auto"  # that read and decode; auto: this rank's share of the cores, at most 8
+    )
+    ahead: Positive = 4  # global batches prepared ahead
+    # A record batch whose stored bytes are damaged: end the run; or take the rows of the next whole one instead.
+    on_damage: Literal["stop", "substitute"] = "stop"
+
+    def threads_of(self, ranks_here: int) -> int:
+        """Threads of one of `ranks_here` ranks on this machine."""
+        if self.threads != "auto":
+            return self.threads
+        return min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+DEFAULTS = LoaderSettings()
 
 
 @dataclass(frozen=True)
@@ -38,14 +70,15 @@ class Column:
 class MicroBatch:
     """What one micro step trains on. `positions` int64 [b] and `ids` uint64 [b].
 
-    b is 0 where a rank's share is used up: `batch` then is a row of another rank, to go through the same collective
-    calls with weight 0.
+    b is 0 where a rank's share is used up: `batch` then is a row that counts elsewhere, to go through the same
+    collective calls with weight 0. `replaced`: of each row that took the place of a damaged one, where that one is.
     """
 
     positions: NDArray[np.int64]
     ids: NDArray[np.uint64]
     draws: Draws
     batch: Any
+    replaced: tuple[Place, ...] = ()
 
 
 def read_rows(dataset: Dataset, columns: Sequence[Column], shards: NDArray[np.int64], rows: NDArray[np.int64]) -> Rows:
@@ -53,49 +86,33 @@ def read_rows(dataset: Dataset, columns: Sequence[Column], shards: NDArray[np.in
 
     Raises ShardDamaged (naming shard and batch) when stored bytes do not match the manifest.
     """
-    out: dict[str, Any] = {}
+    by_shard = np.argsort(shards, kind="stable")
+    parts = np.split(by_shard, np.flatnonzero(np.diff(shards[by_shard])) + 1)
+    out: Columns = {}
     for family in dict.fromkeys(column.family for column in columns):
         names = ["id", *(column.name for column in columns if column.family == family)]
-        for name, values in _read_family(dataset, family, names, shards, rows).items():
-            out[name] = values
+        room = empty_columns(KNOWN_FAMILIES[family].schema, names, len(rows))
+        for part in parts:
+            _take_into(room, part, dataset, family, int(shards[part[0]]), rows[part])
+        out.update(room)
     return out
 
 
-def _read_family(
-    dataset: Dataset, family: str, names: Sequence[str], shards: NDArray[np.int64], rows: NDArray[np.int64]
-) -> dict[str, Any]:
-    """One pass over the record batches that hold the rows, so that each is looked up and checked once."""
-    out: dict[str, Any] = {}
-    batch_rows = dataset.shard(family, int(shards[0])).batch_rows
-    blocks = np.stack([shards, rows // batch_rows])
-    for shard, block in np.unique(blocks, axis=1).T:
-        chosen = np.flatnonzero((blocks[0] == shard) & (blocks[1] == block))
-        record_batch = dataset.shard(family, int(shard)).batch(int(block))
-        for name in names:
-            values = _take(record_batch.column(name), rows[chosen] % batch_rows)
-            if isinstance(values, list):
-                column = out.setdefault(name, [None] * len(rows))
-                for place, value in zip(chosen, values, strict=True):
-                    column[place] = value
-            else:
-                column = out.setdefault(name, np.empty((len(rows), *values.shape[1:]), values.dtype))
-                column[chosen] = values
-    return out
-
-
-def _take(array: pa.Array, rows: NDArray[np.int64]) -> Any:
-    if pa.types.is_fixed_size_list(array.type):
-        flat = array.flatten().to_numpy(zero_copy_only=True)
-        return flat.reshape(len(array), array.type.list_size)[rows]
-    if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
-        return array.to_numpy(zero_copy_only=True)[rows]
-    return array.take(pa.array(rows)).to_pylist()
+def _take_into(
+    columns: Columns, places: NDArray[np.intp], dataset: Dataset, family: str, shard: int, rows: NDArray[np.int64]
+) -> None:
+    try:
+        dataset.shard(family, shard).take_into(columns, places, rows)
+    except ShardDamaged as damage:
+        damage.shard = shard
+        raise
 
 
 class Loader:
     """Iterates over the micro batches of one rank, global batch after global batch, from a position on.
 
-    `ahead` global batches are prepared by `threads` threads while the caller works.
+    `settings.ahead` global batches are prepared while the caller works. `ranks_here`: ranks of this run on this
+    machine, which share its cores and its cache of shards.
     """
 
     def __init__(
@@ -105,11 +122,13 @@ class Loader:
         columns: Sequence[Column],
         prepare: Prepare,
         cut: Sequence[tuple[int, int]],
-        ahead: int = 4,
-        threads: int = 1,
+        settings: LoaderSettings = DEFAULTS,
+        ranks_here: int = 1,
     ) -> None:
         self.dataset, self.order, self.columns, self.prepare = dataset, order, columns, prepare
-        self.cut, self.ahead, self.threads = cut, ahead, threads
+        self.cut, self.settings, self.ranks_here = cut, settings, ranks_here
+        self._read: Callable[[Integers, Integers], Rows] = partial(read_rows, dataset, columns)
+        self._substitutes = Substitutes(dataset.shard_rows, self._read)
 
     def batches(self, position: int, until: int) -> Iterator[list[MicroBatch]]:
         """The rank's micro batches of each global batch in [position, until), both multiples of the batch.
@@ -117,30 +136,46 @@ class Loader:
         Closing the iterator ends its threads.
         """
         starts = iter(range(position, until, self.order.batch))
-        pending: deque[list[Future[MicroBatch]]] = deque()
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="loader") as pool:
+        pending: deque[tuple[int, list[Future[MicroBatch]]]] = deque()
+        threads = self.settings.threads_of(self.ranks_here)
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="loader"))
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            ahead = stack.enter_context(self._ahead(position, until)) if self.dataset.distant else None
 
             def submit(start: int) -> None:
-                pending.append([pool.submit(self._micro_batch, start + begin, start + end) for begin, end in self.cut])
+                pending.append((start, [pool.submit(self._micro_batch, start, *places) for places in self.cut]))
 
-            try:
-                for start in islice(starts, self.ahead):
-                    submit(start)
-                while pending:
-                    ready = [future.result() for future in pending.popleft()]
-                    for following in islice(starts, 1):
-                        submit(following)
-                    yield ready
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            for start in islice(starts, self.settings.ahead):
+                submit(start)
+            while pending:
+                start, futures = pending.popleft()
+                ready = [future.result() for future in futures]
+                for following in islice(starts, 1):
+                    submit(following)
+                if ahead:
+                    ahead.reached(start + self.order.batch)
+                yield ready
 
-    def _micro_batch(self, begin: int, end: int) -> MicroBatch:
-        positions = np.arange(begin, end, dtype=np.int64)
-        stand_in = np.array([begin - begin % self.order.batch])
-        read = positions if begin < end else stand_in
-        rows = read_rows(self.dataset, self.columns, *self.order.rows_at(read))
+    def _ahead(self, position: int, until: int) -> Ahead:
+        begin, end = self.cut[0][0], self.cut[-1][1]
+        families = list(dict.fromkeys(column.family for column in self.columns))
+        needs = shards_needed(self.order, (begin, max(end, begin + 1)), families, position, until)
+        cache = machine_cache()
+        return Ahead(self.dataset, needs, cache, cache.limit_bytes // 2 // self.ranks_here)
+
+    def _micro_batch(self, start: int, begin: int, end: int) -> MicroBatch:
+        positions = np.arange(start + begin, start + end, dtype=np.int64)
+        read = positions if begin < end else np.array([start + self.cut[0][0]])
+        shards, rows = self.order.rows_at(read)
+        replaced: tuple[Place, ...] = ()
+        if self.settings.on_damage == "substitute":
+            values, replaced = self._substitutes.read(shards, rows)
+        else:
+            values = self._read(shards, rows)
         draws = Draws(self.order.seed, read)
-        return MicroBatch(positions, rows["id"][: len(positions)], draws, self.prepare(rows, draws))
+        count = len(positions)
+        return MicroBatch(positions, values["id"][:count], draws, self.prepare(values, draws), replaced[:count])
 
 
-__all__ = ["Column", "Loader", "MicroBatch", "Rows", "micro_batches", "read_rows"]
+__all__ = ["Column", "Loader", "LoaderSettings", "MicroBatch", "Rows", "micro_batches", "read_rows"]

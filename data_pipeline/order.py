@@ -2,7 +2,7 @@
 
 Always holds: within an epoch no row comes twice and at most batch + lanes rows sit out, different ones each epoch; the
 row at a position depends on nothing but the shard sizes, the seed, the batch and that position - never on the world
-size, the past or a saved shuffle. Memory is two integers per shard. Called by the loader.
+size, the past or a saved shuffle. Memory is two integers per shard and epoch. Called by the loader.
 
 How a position becomes a row, in epoch e:
 1. the shards are put into an order keyed by (seed, e), and the rows, counted along that order and rotated by a keyed
@@ -10,11 +10,15 @@ How a position becomes a row, in epoch e:
 2. v is cut into L lanes of N // L rows; place i of every global batch reads lane i // (B / L), so that a rank, which
    owns a contiguous range of places, reads few shards at a time;
 3. a lane advances through windows of WINDOW_ROWS rows, permuted within the window by a keyed Feistel bijection.
+
+All lanes stand in the same window at the same time. So what a window needs (its bijections and the few shards it lies
+in) is found once for the hundreds of batches that pass through it, and a batch costs some look-ups in small tables.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,9 +29,13 @@ from data_pipeline.draws import U64, key64, mix64
 from data_pipeline.errors import UserError
 
 ALGORITHM = "lanes-feistel-1"
-WINDOW_ROWS = 4 * 4096
+WINDOW_BITS = 14
+WINDOW_ROWS = 1 << WINDOW_BITS  # four shards of the builder's size
 MAXIMUM_LANES = 64
 ROUNDS = 6
+BLOCK = 8192  # positions that are worked out together: fewer calls of numpy, and micro batches share them
+
+Located = tuple[NDArray[np.int64], NDArray[np.int64]]  # (shard, row in shard), both of one shape
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,17 @@ class OrderState:
     batch: int
     lanes: int
     position: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of all lanes: [L] per lane, [k] per shard that the window touches in any lane, in virtual order."""
+
+    bijection: Feistel
+    begins_L: NDArray[np.int64]  # virtual row at which each lane's window begins
+    shards_k: NDArray[np.int64]
+    begins_k: NDArray[np.int64]  # virtual row at which each shard begins
+    ends_k: NDArray[np.int64]
 
 
 class SampleOrder:
@@ -62,74 +81,135 @@ class SampleOrder:
                 f"{self.rows} rows",
                 "lower batch or use a larger dataset",
             )
+        self.windows = -(-self.lane_rows // WINDOW_ROWS)  # in each lane
+        self.block = min(BLOCK, self.epoch_images)  # of a tiny dataset not hundreds of epochs
+        # Of the order itself, so that they end with it.
+        self._located = lru_cache(maxsize=8)(self._locate_block)
+        self._window = lru_cache(maxsize=4)(self._find_window)
+        self._shards_of = lru_cache(maxsize=2)(self._permute_shards)
 
     def state(self, position: int) -> OrderState:
         return OrderState(self.dataset_id, ALGORITHM, self.seed, self.batch, self.lanes, position)
 
-    def rows_at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def rows_at(self, positions: NDArray[np.int64]) -> Located:
         """(shard, row in shard) of global positions, each int64 of the shape of `positions` [n]."""
-        shards, rows = np.empty_like(positions), np.empty_like(positions)
-        epochs, places = np.divmod(positions, self.epoch_images)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            virtual = self._virtual_row(int(epoch), places[chosen])
-            permuted_shards, ends = self._shards_of(int(epoch))
-            slot = np.searchsorted(ends, virtual, side="right")
-            shards[chosen] = permuted_shards[slot]
-            rows[chosen] = virtual - (ends[slot] - self.shard_rows[permuted_shards[slot]])
-        return shards, rows
+        if len(positions) == 0:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        number, last_number = (int(position) // self.block for position in (positions.min(), positions.max()))
+        if number != last_number:
+            return self._locate(positions)
+        shards, rows = self._located(number)
+        places = positions - number * self.block
+        return shards[places], rows[places]
 
-    def _virtual_row(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        steps, in_batch = np.divmod(places, self.batch)
+    def _locate_block(self, number: int) -> Located:
+        return self._locate(np.arange(number * self.block, (number + 1) * self.block, dtype=np.int64))
+
+    def _locate(self, positions: NDArray[np.int64]) -> Located:
+        epoch, last_epoch = (int(position) // self.epoch_images for position in (positions.min(), positions.max()))
+        if epoch != last_epoch:
+            return _apart(positions, positions // self.epoch_images, self._locate)
         lane_width = self.batch // self.lanes
-        lanes, in_lane = np.divmod(in_batch, lane_width)
-        windows, offsets = np.divmod(steps * lane_width + in_lane, WINDOW_ROWS)
-        window_rows = np.minimum(WINDOW_ROWS, self.lane_rows - windows * WINDOW_ROWS)
-        with np.errstate(over="ignore"):
-            lane_windows = mix64(lanes.astype(U64) << U64(40) | windows.astype(U64))
-            keys = mix64(lane_windows ^ U64(key64("window", self.seed, epoch)))
-        offsets = feistel(offsets, window_rows, keys)
-        rotation = key64("rotation", self.seed, epoch) % self.rows
-        return (lanes * self.lane_rows + windows * WINDOW_ROWS + offsets + rotation) % self.rows
+        in_epoch = positions - epoch * self.epoch_images
+        strips = in_epoch // lane_width  # what one lane gives to one global batch
+        steps = strips // self.lanes
+        in_lane = in_epoch - (strips - steps) * lane_width
+        windows = in_lane >> WINDOW_BITS
+        first, last = int(windows.min()), int(windows.max())
+        if first != last:
+            return _apart(positions, windows, self._locate)
+        lanes, offsets = strips - steps * self.lanes, in_lane - first * WINDOW_ROWS
+        window = self._window(epoch * self.windows + first)
+        virtual = window.bijection.permuted(offsets, lanes)
+        virtual += window.begins_L[lanes]
+        virtual[virtual >= self.rows] -= self.rows
+        slots = np.searchsorted(window.ends_k, virtual, side="right")
+        return window.shards_k[slots], virtual - window.begins_k[slots]
 
-    @lru_cache(maxsize=2)  # noqa: B019  (a batch can straddle two epochs; the order lives as long as its loader)
-    def _shards_of(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _find_window(self, number: int) -> Window:
+        epoch, window = divmod(number, self.windows)
+        rows = min(WINDOW_ROWS, self.lane_rows - window * WINDOW_ROWS)
+        lanes = np.arange(self.lanes, dtype=np.int64)
+        keys = mix64(mix64(lanes.astype(U64) << U64(40) | U64(window)) ^ U64(key64("window", self.seed, epoch)))
+        rotation = key64("rotation", self.seed, epoch) % self.rows
+        begins = (lanes * self.lane_rows + window * WINDOW_ROWS + rotation) % self.rows
+        permuted, ends = self._shards_of(epoch)
+        touched = _touched(ends, begins, begins + rows - 1, self.rows)
+        shards, ends_k = permuted[touched], ends[touched]
+        return Window(Feistel(rows, keys), begins, shards, ends_k - self.shard_rows[shards], ends_k)
+
+    def _permute_shards(self, epoch: int) -> Located:
+        """(shards in the epoch's order, virtual row at which each ends)."""
         generator = np.random.Generator(np.random.Philox(key=key64("shards", self.seed, epoch)))
         # argsort of raw words, not Generator.permutation, whose algorithm numpy does not promise to keep.
         permuted = np.argsort(generator.bit_generator.random_raw(len(self.shard_rows)), kind="stable").astype(np.int64)
         return permuted, np.cumsum(self.shard_rows[permuted])
 
 
-def feistel(values: NDArray[np.int64], sizes: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """A bijection of range(size) for each element, chosen by its key: value -> permuted value, all arrays [n].
+def _apart(positions: NDArray[np.int64], groups: NDArray[np.int64], locate: Callable[..., Located]) -> Located:
+    """`locate` of the positions of each group by themselves, put together again."""
+    shards, rows = np.empty_like(positions), np.empty_like(positions)
+    for group in np.unique(groups):
+        chosen = groups == group
+        shards[chosen], rows[chosen] = locate(positions[chosen])
+    return shards, rows
+
+
+def _touched(
+    ends: NDArray[np.int64], begins_L: NDArray[np.int64], lasts_L: NDArray[np.int64], rows: int
+) -> NDArray[np.int64]:
+    """Slots, ascending, of the shards that hold any row of [begin, last]; a last row beyond `rows` counts from 0."""
+    lowest = np.searchsorted(ends, begins_L, side="right")
+    highest = np.searchsorted(ends, lasts_L % rows, side="right") + np.where(lasts_L >= rows, len(ends), 0)
+    ranges = [np.arange(first, last + 1) % len(ends) for first, last in zip(lowest, highest, strict=True)]
+    return np.unique(np.concatenate(ranges))
+
+
+class Feistel:
+    """Bijections of range(size), one for each key of `keys_L` uint64 [L].
 
     An alternating Feistel network over the next power of two (Black and Rogaway, "Ciphers with arbitrary finite
-    domains", 2002), walked until the result falls inside the range: fewer than two walks on average.
+    domains", 2002), walked until the result falls inside the range: fewer than two walks on average. A half has few
+    values, so the rounds stand in tables, made once for all values that a bijection is asked for.
     """
-    out = values.astype(U64)
-    bits = np.maximum(np.ceil(np.log2(np.maximum(sizes, 2))).astype(np.int64), 2)
-    left_bits, right_bits = (bits // 2).astype(U64), (bits - bits // 2).astype(U64)
-    pending = np.flatnonzero(sizes > 1)
-    limits = sizes.astype(U64)
-    while len(pending):
-        walked = _feistel_rounds(out[pending], left_bits[pending], right_bits[pending], keys[pending])
-        out[pending] = walked
-        pending = pending[walked >= limits[pending]]
-    return out.astype(np.int64)
 
+    def __init__(self, size: int, keys_L: NDArray[np.uint64]) -> None:
+        self.size = size
+        self.bits = max((size - 1).bit_length(), 2)
+        self.half_bits = self.bits - self.bits // 2  # of the right half; the left one may have a bit less
+        halves_H = np.arange(1 << self.half_bits, dtype=U64)
+        masks = [U64((1 << self.bits // 2) - 1), U64((1 << self.half_bits) - 1)]
+        with np.errstate(over="ignore"):
+            self.tables = [
+                (mix64((keys_L[:, None] + U64(number)) ^ halves_H) & masks[number % 2]).astype(np.int64).ravel()
+                for number in range(ROUNDS)
+            ]
 
-def _feistel_rounds(
-    values: NDArray[np.uint64], left_bits: NDArray[np.uint64], right_bits: NDArray[np.uint64], keys: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    one = U64(1)
-    left, right = values >> right_bits, values & ((one << right_bits) - one)
-    for number in range(ROUNDS):
-        # Each round replaces one half by itself plus a keyed function of the other: invertible whatever the function.
-        if number % 2 == 0:
-            left = left ^ (mix64(right ^ (keys + U64(number))) & ((one << left_bits) - one))
-        else:
-            right = right ^ (mix64(left ^ (keys + U64(number))) & ((one << right_bits) - one))
-    return (left << right_bits) | right
+    def permuted(self, values: NDArray[np.int64], lanes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Value -> permuted value by the bijection of its lane, all int64 [n]."""
+        if self.size < 2:
+            return values.copy()
+        out = self._walked(values, lanes)
+        if self.size == 1 << self.bits:
+            return out
+        while len(pending := np.flatnonzero(out >= self.size)):
+            out[pending] = self._walked(out[pending], lanes[pending])
+        return out
+
+    def _walked(self, values: NDArray[np.int64], lanes: NDArray[np.int64]) -> NDArray[np.int64]:
+        mask = (1 << self.half_bits) - 1
+        # The lane stands above each half: a half then is its own index into the tables, and no round touches the lane.
+        above = lanes << self.half_bits
+        left, right = above | (values >> self.half_bits), above | (values & mask)
+        for number, table in enumerate(self.tables):
+            # A round replaces one half by itself plus a keyed function of the other: invertible whatever the function.
+            if number % 2 == 0:
+                left ^= table[right]
+            else:
+                right ^= table[left]
+        left &= mask
+        left <<= self.half_bits
+        return left | (right & mask)
 
 
 def micro_batches(batch: int, rank: int, world_size: int, micro_batch: int) -> list[tuple[int, int]]:

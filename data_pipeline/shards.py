@@ -20,9 +20,7 @@ import pyarrow as pa
 
 from data_pipeline import manifests
 from data_pipeline.arrow_files import (
-    BATCH_ROWS,
     ArrowFile,
-    ArrowReader,
     ShardDamaged,
     damaged,
     digest_of_object,
@@ -31,13 +29,16 @@ from data_pipeline.arrow_files import (
 from data_pipeline.errors import UserError
 from data_pipeline.families import KNOWN_FAMILIES, Family
 from data_pipeline.manifests import Document
+from data_pipeline.order import SampleOrder
+from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shard_table import ShardTable, shard_name
 from data_pipeline.storage import ObjectStore, open_store
 from data_pipeline.tokenizer import TOKENIZER_SHA256
 
 __all__ = ["Bad", "Dataset", "ShardDamaged", "ShardReader", "open_dataset", "verify_dataset"]
 
 FORMAT = "glidepath-dataset-2"
-OPEN_SHARDS = 256
+OPEN_SHARDS = 512  # a lane reads up to five at a time, and one process may have 64 lanes
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,31 @@ class Bad:
     found: str
 
 
-class ShardReader(ArrowReader):
-    """One shard of one family. `rows` in it; every batch but the last has `batch_rows` rows."""
-
-    batch_rows = BATCH_ROWS
-
-    @property
-    def rows(self) -> int:
-        return self.description.rows
-
-
 class Dataset:
     """A committed dataset, opened by `open_dataset`. `shard_rows`: rows of each shard, the same in every family."""
 
     def __init__(self, store: ObjectStore, prefix: str, manifest: Document) -> None:
-        self.store, self.prefix, self.manifest = store, prefix, manifest
+        self.store, self.prefix = store, prefix
         self.id: str = manifest["id"]
         self.rows: int = manifest["rows"]
-        self.shard_rows: tuple[int, ...] = tuple(manifest["shard_rows"])
+        different = {rows: rows for rows in manifest["shard_rows"]}  # JSON makes an object of each
+        self.shard_rows: tuple[int, ...] = tuple(map(different.__getitem__, manifest["shard_rows"]))
+        self.manifest = manifest | {"shard_rows": self.shard_rows}
         self._families: dict[str, Document] = {}
+        self.cached = True  # False: of a distant store, shards that are opened from now on are read batch by batch
         # Readers are kept, so that a batch is checked once and not at every use. Bounded: each holds a mapped file.
         self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        # Of shards fetched ahead too, so that opening one that lies in the cache asks the store nothing.
+        self._described = lru_cache(maxsize=4 * OPEN_SHARDS)(self.shard_file)
 
     @property
     def uri(self) -> str:
         """What opens it again."""
         return f"{self.store.uri}/{self.prefix}".rstrip("/")
+
+    def order(self, seed: int, batch: int) -> SampleOrder:
+        """The sequence of this dataset's samples. Raises UserError if it cannot fill one global batch."""
+        return SampleOrder(self.id, self.shard_rows, seed, batch)
 
     def families(self) -> tuple[str, ...]:
         """Names of the committed families, those that were added to the finished dataset included."""
@@ -84,9 +84,26 @@ class Dataset:
 
     def _open_shard(self, family: str, index: int) -> ShardReader:
         """Shard `index` of a family. Raises UserError for a family that is not there, ShardDamaged."""
-        description = self.shard_file(family, index)
+        description = self._described(family, index)
         key = f"{self.prefix}{family}/{shard_name(index)}.arrow"
-        return ShardReader(self.store, key, KNOWN_FAMILIES[family].schema, description)
+        return ShardReader(self.store, key, KNOWN_FAMILIES[family].schema, description, cached=self.cached)
+
+    @property
+    def distant(self) -> bool:
+        """Whether shards are read through this machine's cache."""
+        return self.store.local_path(f"{self.prefix}manifest.json") is None
+
+    def shard_bytes(self, family: str, index: int) -> int:
+        """Size of a shard's file. Raises UserError for a family that is not there."""
+        return int(self.family_manifest(family)["shards"][index]["bytes"])
+
+    def fetch(self, family: str, index: int) -> str | None:
+        """Bring a shard of a distant store into the cache; its name there, None if it cannot be there.
+
+        Raises as `shard` does, and OSError.
+        """
+        reader = self._open_shard(family, index)  # not kept: the readers that are kept are those in use
+        return reader.cache_name() if reader.in_cache else None
 
     def shard_file(self, family: str, index: int) -> ArrowFile:
         """What the shard's manifest says of its file. Raises as `shard` does."""
@@ -113,7 +130,7 @@ class Dataset:
                 raise UserError(
                     name, f"manifest {committed[:12]}", document["sha256"][:12], "restore it, or build again"
                 )
-            self._families[family] = document
+            self._families[family] = document | {"shards": ShardTable(document["shards"])}
         return self._families[family]
 
 
@@ -168,10 +185,6 @@ def _only_dataset(store: ObjectStore) -> str:
         next_step = "name one as <folder>/datasets/<id>" if ids else "build it with: glidepath corpus build"
         raise UserError(f"dataset {store.uri}", "one committed dataset", found, next_step)
     return f"datasets/{ids[0]}/"
-
-
-def shard_name(index: int) -> str:
-    return f"shard-{index:05d}"
 
 
 def write_shard(

@@ -2,8 +2,8 @@
 
 Always holds: a file has its final name only when it is whole; a name stands for one content for ever, so nothing is
 ever refreshed. Several processes share the folder. Each locks the file that it fills, and the kernel takes that lock
-back when the process ends in whatever way, so a kill leaves neither a torn file nor a lock. Called by arrow_files.py
-and sources/remote.py.
+back when the process ends in whatever way, so a kill leaves neither a torn file nor a lock. Called by arrow_files.py,
+ahead.py and sources/remote.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import fcntl
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -52,17 +52,22 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             with self._folder_lock(fcntl.LOCK_SH):
-                # The size may be wrong after a power cut: names can reach the disk before content.
-                if path.exists() and path.stat().st_size == size_bytes:
+                if _is_whole(path, size_bytes):
                     os.utime(path)
                     return opener(path)
             part = path.with_name(path.name + FILLING)
             with self._filling(part) as file:
-                if file is not None:
+                # Asked again: it may have been finished after the first look, before this one's part was made.
+                if file is not None and not _is_whole(path, size_bytes):
                     self._fill(file, size_bytes, pieces())
                     with self._folder_lock(fcntl.LOCK_SH):
                         part.rename(path)
                         return opener(path)
+
+    def touch(self, name: str) -> None:
+        """Count a file, if it is there, as opened just now, so that others go before it."""
+        with suppress(FileNotFoundError):
+            os.utime(self.folder / name)
 
     def forget(self, name: str) -> None:
         """Remove a file, because its content was found damaged."""
@@ -142,6 +147,14 @@ def machine_cache() -> Cache:
     if not stated.isdecimal():
         raise UsageError("GLIDEPATH_CACHE_BYTES", "a number of bytes", repr(stated), "correct or unset it")
     return Cache(state_folder() / "cache", int(stated))
+
+
+def _is_whole(path: Path, size_bytes: int) -> bool:
+    try:
+        # The size may be wrong after a power cut: names can reach the disk before content.
+        return path.stat().st_size == size_bytes
+    except FileNotFoundError:
+        return False
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:

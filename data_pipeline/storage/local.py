@@ -12,6 +12,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, takewhile
 from pathlib import Path, PurePosixPath
 
 from data_pipeline.errors import UserError
@@ -123,15 +124,17 @@ class LocalStore:
         try:
             self._write(temporary, chunks)
             self._sync(temporary)
-        except OSError:
+        except OSError as error:
             # A full disk must not be made fuller by what could not be finished.
             temporary.unlink(missing_ok=True)
+            if error.filename is None:  # writing to an open file names none
+                error.filename = str(path)
             raise
         return temporary
 
     def _make_folder(self, folder: Path) -> None:
         """A folder that a power cut does not take back: the entry of each new one is flushed in its parent."""
-        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        missing = list(takewhile(lambda path: not path.exists(), chain([folder], folder.parents)))
         folder.mkdir(parents=True, exist_ok=True)
         for new in reversed(missing):
             self._sync_folder(new.parent)

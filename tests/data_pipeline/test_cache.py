@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,18 @@ def test_a_file_is_filled_once_and_the_least_recently_opened_go_first(tmp_path: 
         cache.open(name_of(9), 3001, lambda: iter([b"x" * 3001]), Path.read_bytes)
     # What cannot fit takes nothing else's place.
     assert {path.name for path in tmp_path.iterdir()} == {name_of(number) for number in (1, 3, 4)}
+
+
+def test_a_file_that_another_finishes_between_the_look_and_the_lock_is_not_filled_again(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Overtaken(Cache):
+        def _filling(self, part: Path) -> Any:
+            read(Cache(self.folder, 3000), 1, asked)
+            return super()._filling(part)
+
+    assert read(Overtaken(tmp_path, 3000), 1, asked) == content(1)
+    assert asked == [1] and [path.name for path in tmp_path.iterdir()] == [name_of(1)]
 
 
 def test_a_removed_file_lives_on_for_who_has_it_open(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from data_pipeline.build import CorpusConfig, build_corpus, inspect_dataset
 from data_pipeline.config import parse
 from data_pipeline.errors import UserError
-from data_pipeline.loader import Column, read_rows
+from data_pipeline.loader import Column, Loader, read_rows
+from data_pipeline.order import SampleOrder
 from data_pipeline.shards import ShardDamaged, open_dataset, verify_dataset
 from data_pipeline.storage import open_store
 
@@ -47,7 +48,7 @@ def test_a_dataset_built_into_a_bucket_is_the_one_built_into_a_folder(
     local, distant = open_dataset(dataset_uri), open_dataset(s3_uri)
     assert built["dataset_id"] == local.id == distant.id
     for family in ("base", "upsampler"):
-        assert distant.family_manifest(family)["shards"] == local.family_manifest(family)["shards"]
+        assert list(distant.family_manifest(family)["shards"]) == list(local.family_manifest(family)["shards"])
     assert inspect_dataset(s3_uri) | {"uri": ""} == inspect_dataset(dataset_uri) | {"uri": ""}
     assert not verify_dataset(s3_uri)
     expected, found = all_rows(dataset_uri), all_rows(s3_uri)
@@ -96,6 +97,25 @@ def test_where_the_cache_has_no_room_rows_come_straight_from_the_store(
     assert built["dataset_id"] == open_dataset(dataset_uri).id
     assert np.array_equal(all_rows(moto_uri)["image64"], all_rows(dataset_uri)["image64"])
     assert "reading it from the store, batch by batch" in caplog.text
+
+
+def test_a_loader_fetches_shards_of_a_bucket_ahead_once_each_and_exactly_through_a_bad_link(
+    moto_uri: str, dataset_uri: str, picture_folder: Path, faulty_link: Callable[..., Any], state_folder: Path
+) -> None:
+    build(moto_uri, {"kind": "folder", "uri": str(picture_folder)}, shard_rows=32)
+    for path in cached(state_folder):
+        path.unlink()
+    link = faulty_link()
+    link.cut_share = 0.1
+    got = []
+    for uri in (moto_uri, dataset_uri):
+        dataset = open_dataset(uri)
+        order = SampleOrder(dataset.id, dataset.shard_rows, 0, 32)
+        loader = Loader(dataset, order, COLUMNS, lambda rows, draws: rows, [(0, 20), (20, 32)])
+        got.append([micro.batch for step in loader.batches(0, 32 * 20) for micro in step])
+    for distant, local in zip(*got, strict=True):
+        assert np.array_equal(distant["image64"], local["image64"]) and distant["image256"] == local["image256"]
+    assert link.cuts > 0 and len(cached(state_folder)) == 6
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
