@@ -38,7 +38,7 @@ from data_pipeline.sources import Input
 from data_pipeline.sources.remote import is_remote, public_uri
 from data_pipeline.storage import open_store
 from trainer.checkpoint.attempts import newest_attempt
-from trainer.config import TrainConfig
+from trainer.config import Datasets, TrainConfig
 from trainer.run import store_uri
 from trainer.tracking.mlflow import check_server
 from trainer.tracking.server import is_server
@@ -84,14 +84,14 @@ def training_work(config: TrainConfig) -> Work:
     this environment. Raises UsageError, for a URI that carries credentials as well."""
     config = with_tracking_server(config)
     store = open_store(store_uri(config)).uri
-    changes: dict[str, Any] = {"store": store, "dataset": _absolute_dataset(config.dataset)}
+    changes: dict[str, Any] = {"store": store, "dataset": _absolute_datasets(config.dataset)}
     if config.heldout:
         dataset = _absolute_dataset(config.heldout.dataset)
         changes["heldout"] = config.heldout.model_copy(update={"dataset": dataset})
     if config.tracking.uri:
         changes["tracking"] = config.tracking.model_copy(update={"uri": _absolute(config.tracking.uri)})
     config = config.model_copy(update=changes)
-    datasets = [config.dataset, *([config.heldout.dataset] if config.heldout else [])]
+    datasets = [*config.dataset_uris(), *([config.heldout.dataset] if config.heldout else [])]
     places = [store, *datasets, *([config.tracking.uri] if config.tracking.uri else [])]
     return Work(
         kind="train",
@@ -350,6 +350,13 @@ def _absolute(uri: str) -> str:
 def _absolute_dataset(name: str) -> str:
     """A name without a slash is one of the state folder, as trainer.run.dataset_uri has it. Raises UsageError."""
     return open_store(name).uri if "/" in name else name
+
+
+def _absolute_datasets(datasets: Datasets) -> Datasets:
+    """Of a mixture as well. Raises UsageError."""
+    if isinstance(datasets, str):
+        return _absolute_dataset(datasets)
+    return tuple(share.model_copy(update={"uri": _absolute_dataset(share.uri)}) for share in datasets)
 
 
 def _absolute_input(entry: Input) -> Input:

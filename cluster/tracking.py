@@ -111,7 +111,8 @@ class TrackedRun:
 
     def _about(self, attempt: int) -> RunAbout:
         config = self._config
-        uses = [(config.dataset, "training")] + ([(config.heldout.dataset, "evaluation")] if config.heldout else [])
+        uses = [(name, "training") for name in config.dataset_uris()]
+        uses += [(config.heldout.dataset, "evaluation")] if config.heldout else []
         datasets = []
         for name, context in uses:
             dataset = open_dataset(dataset_uri(name))

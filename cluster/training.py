@@ -48,7 +48,7 @@ def train_run(
     """
     config = with_tracking_server(config)
     tracked = TrackedRun(config)
-    for name in (config.dataset, config.heldout.dataset if config.heldout else None):
+    for name in (*config.dataset_uris(), config.heldout.dataset if config.heldout else None):
         if name in DEMO_DATASETS:
             build_demo_dataset(name)
     steps: list[Event] = []
@@ -85,6 +85,8 @@ def train_run(
         "samples": f"{open_store(store_uri(config)).uri}/{result['samples']}" if result["samples"] else None,
         "attempt": attempt,
         "failed_saves": result["failed_saves"],
+        "delayed_saves": result["delayed_saves"],
+        "substituted_rows": result["substituted_rows"],
         "stopped": result["stopped"],
     }
 

@@ -7,12 +7,14 @@ global `batch` is a setting: micro batch and accumulation follow from it and the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction as Rational
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from data_pipeline.config import Settings
 from data_pipeline.errors import UsageError
+from data_pipeline.loader import LoaderSettings
 from trainer.diffusion.samplers import SamplerName
 from trainer.diffusion.steps import Clip
 
@@ -21,7 +23,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 # What a resume may change: how far, on what, how often - nothing that alters the optimisation or the data. `store` is
 # where the run was found, so it cannot differ from itself; a run that was moved has another.
-MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero", "store")
+MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero", "store", "loader")
 
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -34,6 +36,30 @@ class ZeroSettings(Settings):
     offload: Literal["none", "cpu"] = "none"  # cpu: masters, moments and the update itself stay in host memory
 
 
+class DatasetShare(Settings):
+    """One dataset of a mixture, and how much of it to how much of the others."""
+
+    uri: str
+    weight: Annotated[str, Field(coerce_numbers_to_str=True)]  # 3, 0.7 or "2/3": kept as written, so that it is exact
+
+    @field_validator("weight")
+    @classmethod
+    def _refuse_no_number(cls, weight: str) -> str:
+        try:
+            positive = Rational(weight) > 0
+        except (ValueError, ZeroDivisionError):
+            positive = False
+        if not positive:
+            raise ValueError(f"a number above 0, found {weight}")
+        return weight
+
+
+Datasets = Annotated[
+    Annotated[str, Tag("uri")] | Annotated[tuple[DatasetShare, ...], Field(min_length=1), Tag("mixture")],
+    Discriminator(lambda value: "uri" if isinstance(value, str) else "mixture"),
+]
+
+
 class LauncherSettings(Settings):
     """Where the workers run."""
 
@@ -42,10 +68,31 @@ class LauncherSettings(Settings):
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: one GPU per worker
 
 
+class KeepBest(Settings):
+    """The checkpoints with the best held-out figure, among those that were saved where one was taken."""
+
+    metric: str  # as it is tracked, such as heldout/total
+    count: Positive = 1
+    better: Literal["smallest", "largest"] = "smallest"
+
+
 class CheckpointSettings(Settings):
-    """When to save. A run also saves when it ends."""
+    """When to save, and which checkpoints stay. A run also saves when it ends."""
 
     every_images: Positive = 100_000
+    every_minutes: Annotated[float, Field(gt=0)] | None = None  # also when so long has passed, by rank 0's clock
+    deadline_s: Annotated[float, Field(gt=0)] = 900.0  # a save that is not stored by then is given up
+    # The newest that stay; null: all. The two below keep others besides. Protected ones always stay.
+    keep_newest: Positive | None = None
+    keep_every_images: Positive | None = None  # the first at or after each multiple
+    keep_best: KeepBest | None = None
+
+    @model_validator(mode="after")
+    def _refuse_exceptions_to_nothing(self) -> CheckpointSettings:
+        besides = [name for name in ("keep_every_images", "keep_best") if getattr(self, name) is not None]
+        if besides and self.keep_newest is None:
+            raise ValueError(f"keep_newest with {besides[0]}, since without it all checkpoints stay, found null")
+        return self
 
 
 class TrackingSettings(Settings):
@@ -116,7 +163,8 @@ class TrainConfig(Settings):
     store: str | None = None  # URI of the run's folder; null: $GLIDEPATH_HOME/runs/<run>
     parent: str | None = None  # the checkpoint that a fine-tune starts from; a run's store or name: its newest one
     parent_weights: Literal["ema", "master"] = "ema"
-    dataset: str  # URI; `demo` and `demo-heldout` are built in the state folder when absent
+    # URI, or a mixture [{uri: …, weight: …}, …]; `demo` and `demo-heldout` are built in the state folder when absent.
+    dataset: Datasets
     images: Positive  # train until this many were consumed, rounded up to whole batches
     seed: int = 0
     batch: Positive  # global batch: images per update, at every world size
@@ -135,6 +183,7 @@ class TrainConfig(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
     guard: GuardSettings = GuardSettings()
+    loader: LoaderSettings = LoaderSettings()
     heldout: HeldoutSettings | None = None
     samples: SampleSettings = SampleSettings()
 
@@ -143,6 +192,23 @@ class TrainConfig(Settings):
         if self.precision == "fp16" and self.zero.stage == 0:
             raise ValueError("zero.stage 1, 2 or 3 with precision fp16, whose loss scale is DeepSpeed's, found 0")
         return self
+
+    @model_validator(mode="after")
+    def _refuse_best_without_figures(self) -> TrainConfig:
+        if self.checkpoint.keep_best is None:
+            return self
+        every = self.checkpoint.every_images
+        if self.heldout is None or self.heldout.every_images % every:
+            found = self.heldout.every_images if self.heldout else "no heldout"
+            raise ValueError(
+                f"heldout.every_images in multiples of checkpoint.every_images ({every}) with checkpoint.keep_best, so "
+                f"that figures are taken where it saves, found {found}"
+            )
+        return self
+
+    def dataset_uris(self) -> tuple[str, ...]:
+        """Of the data that is trained on."""
+        return (self.dataset,) if isinstance(self.dataset, str) else tuple(share.uri for share in self.dataset)
 
     def for_evaluation(self) -> TrainConfig:
         """The same run without what is random in training only; recipes with more of it extend this."""

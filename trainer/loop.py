@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,18 +21,18 @@ from torch import nn
 
 from data_pipeline.draws import Draws, key64
 from data_pipeline.loader import Column, Loader, MicroBatch, micro_batches
-from data_pipeline.order import SampleOrder
 from data_pipeline.shards import Dataset
 from trainer.checkpoint.load import restore_newest
 from trainer.checkpoint.manifest import CheckpointName
 from trainer.checkpoint.save import Saver
 from trainer.config import TrainConfig
+from trainer.engine.engine import Interval
 from trainer.evaluation.heldout import first_rows, heldout_bits_per_dimension, heldout_loss
 from trainer.guard import GuardHistory
 from trainer.metrics import StepTimer, memory
 from trainer.pictures import grid, png_bytes
 from trainer.recipes import make_recipe
-from trainer.recipes.recipe import Pixels
+from trainer.recipes.recipe import Pixels, pinned
 from trainer.sampling import draw_images
 from trainer.step import Trainee, train_step
 from trainer.stop import StopWatch
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 GRID_PICTURES = 8
 CONSUMED = "consumed.jsonl"
+REMOVAL_PATIENCE_S = 60.0  # at the end of a run, for checkpoints that need not stay
 
 
 def newest_loss(figures: Mapping[str, float]) -> float:
@@ -74,11 +77,17 @@ class TrainingLoop:
         self.tracker, self.consumed, self.report = tracker, consumed, report
         self.config: TrainConfig = trainee.config
         self.group, self.store = trainee.group, saver.store
-        self.order = SampleOrder(dataset.id, dataset.shard_rows, self.config.seed, self.config.batch)
+        self.order = dataset.order(self.config.seed, self.config.batch)
         self.timer = StepTimer()
         self.position = 0  # images consumed
         self.saved = -1  # position of the newest save that was begun
+        self.save_owed = False  # one is due and has not begun
+        self.delayed_saves = 0  # that could not begin when they were due, for the one before was under way
+        self.save_begun_s = time.monotonic()  # rank 0's counts
         self.heldout_at_0: dict[str, float] = {}  # known to the attempt that began there
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # where held-out figures were last taken, and which
+        self.substituted_rows = 0  # that took the place of damaged ones, in this attempt
+        self.damaged: set[tuple[int, int]] = set()  # the places that rank 0 has told of
         self.stopped = False  # a stop was requested, and all ranks agreed to it
         self.checkpoint: CheckpointName | None = None  # newest that this rank restored or saw committed
 
@@ -86,10 +95,13 @@ class TrainingLoop:
         """Continue from the newest checkpoint that verifies, or start at 0."""
         engines = self.trainee.engines
         wanted = [interval for engine in engines.values() for interval in engine.wanted()]
-        found = restore_newest(self.store, self.group, wanted, self.saver.identity.parameters, self.order.state(0))
+        identity = self.saver.identity
+        found = restore_newest(self.store, self.group, wanted, identity.parameters, self.order.state(0), identity.run)
         if found is None:
             return
         name, manifest = found.name, found.manifest
+        if self.saver.retention is not None:
+            self.saver.retention.restored = name
         for part, engine in engines.items():
             engine.loaded(manifest.optimizer_steps[part], manifest.loss_scale.get(part, {}))
         if state := self.trainee.recipe.state():
@@ -106,8 +118,13 @@ class TrainingLoop:
         if self.position == 0:
             self.heldout_at_0 = self.evaluate()
         cut = micro_batches(config.batch, self.group.rank, self.group.world_size, config.micro_batch_size())
-        loader = Loader(self.dataset, self.order, self.trainee.recipe.columns, self.trainee.recipe.prepare, cut)
+        recipe, ranks_here = self.trainee.recipe, self.group.ranks_here()
+        device = self.group.device
+        prepare = pinned(recipe.prepare, device) if device.type == "cuda" else recipe.prepare
+        loader = Loader(self.dataset, self.order, recipe.columns, prepare, cut, config.loader, ranks_here)
         batches = loader.batches(self.position, config.images)
+        self.saver.memory.reserve(self.shard_view())
+        self.save_begun_s = time.monotonic()
         self.timer.finish(0)
         with StopWatch(self.store, self.saver.identity.attempt, watching=self.group.rank == 0) as stop:
             while self.position < config.images and not self.stopped:
@@ -115,6 +132,8 @@ class TrainingLoop:
                     micro_batches_of_step = next(batches)
                 with self.timer.section("update"):
                     figures = train_step(self.trainee, micro_batches_of_step, self.position)
+                if config.loader.on_damage == "substitute":
+                    figures["substituted_rows"] = self.count_substituted(micro_batches_of_step)
                 self.log_consumed(micro_batches_of_step)
                 self.position += config.batch
                 self.log(figures)
@@ -123,11 +142,30 @@ class TrainingLoop:
                 if config.heldout and self.due(config.heldout.every_images):
                     self.evaluate()
                 # Last: a run that goes on from here does not pass this position's grid and figures again.
-                if self.due(config.checkpoint.every_images):
-                    self.save()
-                if self.position < config.images:
-                    self.stopped = not self.group.all_agree(not stop.asked)
+                self.save_or_stop(stop.asked)
         self.finish()
+
+    def save_or_stop(self, stop_asked: bool) -> None:
+        """Decided by all ranks in one collective call. A due save that meets the one before it, still under way on some
+        rank, waits for its end and keeps nobody from training; what ends the run has a save of its own."""
+        if failed := self.saver.poll():
+            self.say("save-failed", str(failed))
+        mine = torch.tensor([stop_asked, self.due_by_clock(), self.saver.busy], dtype=torch.int64)
+        stopped, by_clock, busy = map(bool, self.group.sum_(mine).tolist())
+        due = by_clock or self.due(self.config.checkpoint.every_images)
+        if self.position >= self.config.images or stopped:
+            self.stopped = stopped and self.position < self.config.images
+        elif not busy and (due or self.save_owed):
+            self.save()
+        elif due and not self.save_owed:
+            self.save_owed = True
+            self.delayed_saves += 1
+            self.say("save-delayed", f"due at {self.position} images; it begins when the one before it has ended")
+
+    def due_by_clock(self) -> bool:
+        """Rank 0's clock decides: others tell another time."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.group.rank == 0 and minutes is not None and time.monotonic() - self.save_begun_s >= 60 * minutes
 
     def due(self, every_images: int) -> bool:
         """Whether the last step reached a multiple of `every_images`; the end has its own save and figures."""
@@ -145,6 +183,23 @@ class TrainingLoop:
         if self.group.rank == 0:
             self.report({"event": "progress", "images": position, "loss": newest_loss(values)} | values)
 
+    def count_substituted(self, micro_batches_of_step: list[MicroBatch]) -> int:
+        """Rows of the global batch that took the place of damaged ones. A collective call: every rank brings its own
+        count, and the place of the first; rank 0 tells of each place once."""
+        places = [place for micro in micro_batches_of_step for place in micro.replaced]
+        found = torch.zeros(self.group.world_size, 3, dtype=torch.int64)
+        if places:
+            shard, batch = places[0]
+            found[self.group.rank] = torch.tensor([len(places), shard, -1 if batch is None else batch])
+        found = self.group.sum_(found)
+        for rows, shard, batch in found.tolist():
+            if rows and (shard, batch) not in self.damaged:
+                self.damaged.add((shard, batch))
+                where = f"shard {shard}, all of it" if batch < 0 else f"shard {shard} batch {batch}"
+                self.say("substituted", f"{where} is damaged; other rows take its place, from image {self.position} on")
+        self.substituted_rows += int(found[:, 0].sum())
+        return int(found[:, 0].sum())
+
     def log_consumed(self, micro_batches_of_step: list[MicroBatch]) -> None:
         """The ids of the global batch, in order, as one line; every rank brings its own."""
         if self.consumed is None:
@@ -157,16 +212,18 @@ class TrainingLoop:
         if self.group.rank == 0:
             ids_in_order = ids.numpy().view("uint64").tolist()
             line = {"attempt": self.saver.identity.attempt, "position": start, "ids": ids_in_order}
-            append_line(self.consumed, line)
+            try:
+                append_line(self.consumed, line)
+            except OSError as error:  # a full disk must not end the training
+                self.say("ids-lost", f"of the batch at {start}: {error}")
 
     def save(self) -> None:
         position = self.position
-        view = [interval for engine in self.trainee.engines.values() for interval in engine.shard_view()]
-        recipe_state = self.trainee.recipe.state()
         with self.timer.section("save"):
-            failed = self.saver.save(
+            recipe_state = self.trainee.recipe.state()
+            self.saver.save(
                 position,
-                view,
+                self.shard_view(),
                 {
                     "optimizer_steps": {part: e.optimizer_steps() for part, e in self.trainee.engines.items()},
                     "loss_scale": {part: e.loss_scale() for part, e in self.trainee.engines.items()},
@@ -174,11 +231,19 @@ class TrainingLoop:
                     "recipe_state": recipe_state.document() if recipe_state else {},
                     "order": dataclasses.asdict(self.order.state(position)),
                     "tracking": self.tracker.undelivered(),
+                    "figures": self.figures_here(),
                 },
             )
-        self.saved = position
-        if failed:
-            self.say("save-failed", str(failed))
+        self.saved, self.save_owed, self.save_begun_s = position, False, time.monotonic()
+
+    def figures_here(self) -> dict[str, float]:
+        """Held-out figures of the weights as they are, for retention: finite ones, which JSON can hold."""
+        position, figures = self.evaluated
+        return {name: value for name, value in figures.items() if position == self.position and math.isfinite(value)}
+
+    def shard_view(self) -> Iterator[Interval]:
+        for engine in self.trainee.engines.values():
+            yield from engine.shard_view()
 
     def sample(self) -> str | None:
         """A grid of EMA samples in the store; its key. A collective call; rank 0 draws."""
@@ -222,15 +287,22 @@ class TrainingLoop:
             if last and (rows := config.heldout.bits_per_dimension):
                 bits = heldout_bits_per_dimension(config, modules, dataset, rows, self.group)
                 losses["bits_per_dimension"] = bits
-        self.tracker.log(self.position, {f"heldout/{name}": value for name, value in losses.items()})
+        figures = {f"heldout/{name}": value for name, value in losses.items()}
+        self.evaluated = self.position, figures
+        best = config.checkpoint.keep_best
+        if best is not None and best.metric not in figures:
+            self.say("keep-best", f"no figure {best.metric}; there are {', '.join(figures)}")
+        self.tracker.log(self.position, figures)
         return losses
 
     def finish(self) -> None:
-        """Final save, grid and figures (a stopped run only saves); fails if the save did not commit."""
+        """Final figures, save and grid (a stopped run only saves); fails if the save did not commit."""
+        heldout = {} if self.stopped else self.evaluate(last=True)  # before the save, which carries them
         if self.saved != self.position:
+            if failed := self.saver.settle():
+                self.say("save-failed", str(failed))
             self.save()
         samples = None if self.stopped else self.sample()
-        heldout = {} if self.stopped else self.evaluate(last=True)
         self.saver.wait()
         self.checkpoint = self.saver.committed or self.checkpoint
         if self.stopped:
@@ -239,7 +311,19 @@ class TrainingLoop:
             uri = f"{self.store.uri}/{self.checkpoint.folder.rstrip('/')}" if self.checkpoint else None
             result = {"images": self.position, "samples": samples, "heldout": heldout, "checkpoint": uri}
             result |= {"stopped": self.stopped, "heldout_at_0": self.heldout_at_0}
-            self.report({"event": "result", "failed_saves": self.saver.failures, **result})
+            result |= {"substituted_rows": self.substituted_rows}
+            saves = {"failed_saves": self.saver.failures, "delayed_saves": self.delayed_saves}
+            saves["snapshot_bytes"] = self.saver.memory.bytes
+            self.report({"event": "result", **saves, **self.removals(), **result})
+
+    def removals(self) -> dict[str, int]:
+        """What retention did, once it has ended; a run that was asked to stop has no time for it."""
+        retention = self.saver.retention
+        if retention is None:
+            return {}
+        if not self.stopped:
+            retention.settle(REMOVAL_PATIENCE_S)
+        return {"removed_checkpoints": retention.deleted, "failed_removals": retention.failures}
 
     def say(self, kind: str, text: str) -> None:
         if self.group.rank == 0:

@@ -10,6 +10,7 @@ import logging
 import os
 import uuid
 from contextlib import ExitStack
+from fractions import Fraction as Rational
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from data_pipeline.config import state_folder
 from data_pipeline.draws import key64
 from data_pipeline.errors import UserError
 from data_pipeline.manifests import digest_of
-from data_pipeline.order import SampleOrder
-from data_pipeline.shards import open_dataset
+from data_pipeline.mixture import Mixture
+from data_pipeline.shards import Dataset, open_dataset
 from data_pipeline.storage import ObjectStore, open_store
 from trainer.checkpoint.attempts import first_record_key, read_record, take_attempt
 from trainer.checkpoint.manifest import committed
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import RunIdentity, Saver
 from trainer.checkpoint.sweep import sweep
 from trainer.config import TrainConfig, refuse_changed_keys
@@ -112,11 +114,19 @@ def run_lineage(store: ObjectStore) -> dict[str, dict[str, Any]]:
 
 def refuse_unusable_data(config: TrainConfig) -> None:
     """Raise UserError if a dataset does not open, lacks a family that the recipe reads, or is too small."""
-    dataset = open_dataset(dataset_uri(config.dataset))
-    SampleOrder(dataset.id, dataset.shard_rows, config.seed, config.batch)
-    for uri in (config.dataset, *([config.heldout.dataset] if config.heldout else [])):
+    dataset = open_training_data(config)
+    dataset.order(config.seed, config.batch)
+    for opened in (dataset, *([open_dataset(dataset_uri(config.heldout.dataset))] if config.heldout else [])):
         for column in make_recipe(config).columns:
-            open_dataset(dataset_uri(uri)).family_manifest(column.family)
+            opened.family_manifest(column.family)
+
+
+def open_training_data(config: TrainConfig) -> Dataset:
+    """The dataset that the run trains on, or the mixture. Raises UserError as `open_dataset` and Mixture do."""
+    if isinstance(config.dataset, str):
+        return open_dataset(dataset_uri(config.dataset))
+    datasets = [open_dataset(dataset_uri(share.uri)) for share in config.dataset]
+    return Mixture(datasets, [Rational(share.weight) for share in config.dataset])
 
 
 def train(values: dict[str, Any], attempt: int, group: Group, report: Report, mlflow_run_id: str | None = None) -> None:
@@ -130,9 +140,10 @@ def train(values: dict[str, Any], attempt: int, group: Group, report: Report, ml
     # A run that has a checkpoint goes on from it; its parent may be gone by then.
     begins = group.broadcast(not committed(store))
     trainee = make_trainee(config, group, start_of(config, lineage) if begins else {})
-    dataset = open_dataset(dataset_uri(config.dataset))
+    dataset = open_training_data(config)
     heldout = open_dataset(dataset_uri(config.heldout.dataset)) if config.heldout else None
-    saver = Saver(store, identity_of(trainee, attempt, lineage))
+    retention = Retention(store, config.run, attempt, config.checkpoint) if group.rank == 0 else None
+    saver = Saver(store, identity_of(trainee, attempt, lineage), config.checkpoint.deadline_s, retention)
     waiting = read_undelivered(store) if group.rank == 0 else []
     tracker = make_tracker(config, attempt, mlflow_run_id) if group.rank == 0 else NoTracker()
     tracker.replay(waiting)
@@ -144,7 +155,7 @@ def train(values: dict[str, Any], attempt: int, group: Group, report: Report, ml
         loop.restore()
         try:
             loop.train()
-        except UserError:
+        except Exception:
             saver.settle()  # a save that had begun may still commit
             raise
 

@@ -52,6 +52,11 @@ class Checkpoint:
     def uri(self) -> str:
         return f"{self.store.uri}/{self.name.folder.rstrip('/')}"
 
+    @property
+    def manifest_sha256(self) -> str:
+        """Digest of the stored manifest, by which children know their parent whatever its format."""
+        return hashlib.sha256(self.store.get(self.name.manifest_key)).hexdigest()
+
 
 def load_trained(uri: str, kind: WeightsKind = "ema") -> Trained:
     """The model of a checkpoint, or of the newest checkpoint of a run.
@@ -127,7 +132,7 @@ def lineage_of(config: TrainConfig) -> dict[str, dict[str, Any]]:
             "run": parent.manifest.run,
             "recipe": parent.config.recipe,
             "images": parent.manifest.position,
-            "manifest_sha256": hashlib.sha256(parent.manifest.encode()).hexdigest(),
+            "manifest_sha256": parent.manifest_sha256,
         }
     return lineage
 
@@ -138,7 +143,7 @@ def start_of(config: TrainConfig, lineage: Mapping[str, Mapping[str, Any]]) -> d
     parts = make_recipe(config).parts()
     for name, facts in lineage.items():
         parent = open_checkpoint(facts["parent"])
-        found = hashlib.sha256(parent.manifest.encode()).hexdigest()
+        found = parent.manifest_sha256
         if found != facts["manifest_sha256"]:
             raise UserError(
                 f"parent {parent.uri}",

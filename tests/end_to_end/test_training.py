@@ -17,7 +17,7 @@ from cluster.launch import Event, WorkerDied
 from cluster.training import train_run
 from data_pipeline.errors import UserError
 from data_pipeline.storage import LocalStore
-from trainer.checkpoint.manifest import CheckpointName, committed, read_manifest
+from trainer.checkpoint.manifest import CheckpointName, Manifest, committed, read_manifest
 from trainer.recipes import parse_train_config
 from trainer.tracking.jsonl import read_curves
 
@@ -28,17 +28,22 @@ def run(values: dict[str, Any], workers: int, on_event: Callable[[Event], None] 
     return train_run(parse_train_config({**values, "launcher": {"workers": workers}}, "test"), on_event)
 
 
-def digests(store: str, position: int) -> list[str]:
-    """sha256 of each part of the newest checkpoint at a position: equal digests, equal masters, moments and EMA."""
+def manifest_at(store: str, position: int) -> Manifest:
+    """Of the newest checkpoint there."""
     name = next(name for name in committed(LocalStore(Path(store))) if name.position == position)
-    manifest = read_manifest(LocalStore(Path(store)), name.manifest_key)
-    assert {interval.kind for part in manifest.parts for interval in part.intervals} == {
+    return read_manifest(LocalStore(Path(store)), name.manifest_key)
+
+
+def digests(store: str, position: int) -> list[str]:
+    """Digest of each part of the newest checkpoint at a position: equal digests, equal masters, moments and EMA."""
+    manifest = manifest_at(store, position)
+    assert {interval.kind for part in manifest.parts for interval in part.intervals()} == {
         "master",
         "exp_avg",
         "exp_avg_sq",
         "ema",
     }
-    return [part.sha256 for part in manifest.parts]
+    return [part.digest for part in manifest.parts]
 
 
 def resumes(store: str) -> list[dict[str, Any]]:
@@ -47,7 +52,13 @@ def resumes(store: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_to_the_bit(train_values: Values) -> None:
-    whole, killed = train_values("whole", images=96), train_values("killed", images=96)
+    """With all that training remembers besides: losses by timestep, and a guard that has refused updates."""
+    remembers = {
+        "diffusion": {"steps": 4, "timesteps": "loss_second_moment"},  # which draws by its losses after some 50 of them
+        "samples": {"sampling": {"spacing": "2"}},
+        "guard": {"warmup": 1, "window": 3, "spike_factor": 1.02, "halt_after": 100},
+    }
+    whole, killed = (train_values(name, images=96, **remembers) for name in ("whole", "killed"))
     run(whole, workers=2)
     with pytest.raises(WorkerDied, match=r"worker 1 \(process \d+\): expected exit code 0, found ended by SIGKILL"):
         run(killed, workers=2, on_event=kill_worker_1_at(64))
@@ -56,6 +67,12 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_to_the_bit(train_v
     assert resume["images"] > 0
     assert result["checkpoint"].endswith("images-000000096/attempt-2")
     assert digests(killed["store"], 96) == digests(whole["store"], 96)
+    state = {"guard", "recipe_state", "optimizer_steps", "loss_scale", "order"}
+    ends = [manifest_at(values["store"], 96).model_dump(include=state) for values in (whole, killed)]
+    assert ends[0] == ends[1]
+    resumed_from = manifest_at(killed["store"], resume["images"])
+    assert resumed_from.guard["base"]["skipped"] > 0 and resumed_from.recipe_state["counts"]
+    assert resumed_from.optimizer_steps["base"] < resume["images"] // 16, "refused updates are not counted"
     # What the first attempt consumed after its newest checkpoint is consumed again; the last time counts.
     assert dict(consumed_ids(killed["store"])) == dict(consumed_ids(whole["store"]))
     assert [position for position, _ in consumed_ids(whole["store"])] == list(range(0, 96, 16))

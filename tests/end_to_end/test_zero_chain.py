@@ -1,37 +1,34 @@
-"""One run through every ZeRO stage and world size, by the launcher and the store: nothing is converted on the way."""
+"""Drill R12: one run through every ZeRO stage and world size, by the launcher and the store, nothing converted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
-from support import consumed_ids
 
-from cluster.training import train_run
-from data_pipeline.storage import LocalStore
-from trainer.checkpoint.manifest import committed, read_manifest
-from trainer.recipes import parse_train_config
-from trainer.tracking.jsonl import read_curves
-
-Values = Callable[..., dict[str, Any]]
-
-CHAIN = ((3, 2), (1, 1), (2, 2), (0, 3))  # (ZeRO stage, ranks)
+from cluster.drills import zero_chain
+from cluster.drills.scratch import Wishes, scratch
 
 
-def test_a_run_goes_through_every_zero_stage_and_several_world_sizes_without_conversion(train_values: Values) -> None:
-    """Dropout inside the network is drawn per rank, and is off here; all else is a function of the position."""
-    alone = train_values("alone", images=128, dropout=0.0, checkpoint={"every_images": 32})
-    train_run(parse_train_config(alone, "test"))
-    chained = train_values("chained", dropout=0.0, checkpoint={"every_images": 32})
-    for number, (stage, workers) in enumerate(CHAIN, 1):
-        changes = {"images": 32 * number, "zero": {"stage": stage}, "launcher": {"workers": workers}}
-        train_run(parse_train_config(chained | changes, "test"))
-    assert consumed_ids(chained["store"]) == consumed_ids(alone["store"])
-    losses = [read_curves(Path(values["store"], "tracking"))["loss/total"] for values in (alone, chained)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    store = LocalStore(Path(chained["store"]))
-    written = [read_manifest(store, name.manifest_key) for name in sorted(committed(store))]
-    assert [(manifest.zero_stage, manifest.world_size) for manifest in written] == list(CHAIN)
-    assert [manifest.position for manifest in written] == [32, 64, 96, 128]
+def test_a_run_goes_through_every_zero_stage_and_several_world_sizes_without_conversion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(zero_chain, "UPDATES", 2)
+    monkeypatch.setattr(zero_chain, "chain", lambda seed, resumes: [(3, 2), (1, 1), (2, 2), (0, 3), (3, 1)])
+    with scratch(Wishes(), print) as place:
+        score = zero_chain.run(place)
+    assert not score.failures
+    assert score.figures["resumes"] == 4 and score.figures["batches_listed"] == 10
+
+
+def test_the_twelve_resumes_of_any_seed_meet_every_pair_once() -> None:
+    pairs = {(stage, ranks) for stage in range(4) for ranks in (1, 2, 3)}
+    for seed in range(5):
+        links = zero_chain.chain(seed, 12)
+        assert len(links) == 13 and set(links[1:]) == pairs
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("seed", "precision"), [(0, "fp32"), (1, "bf16")])
+def test_twelve_resumes_and_the_way_there_and_back_keep_samples_and_loss(seed: int, precision: str) -> None:
+    with scratch(Wishes(seed=seed, precision=precision), print) as place:
+        score = zero_chain.run(place)
+    assert not score.failures and score.faults >= 12

@@ -72,6 +72,7 @@ def test_masters_begin_as_the_fp32_source_and_cover_every_element_once(case: dic
     assert case["step-0 masters and ema equal the fp32 source"]
     covered, expected = case["elements covered"]
     assert covered == expected
+    assert case["the layout is what plans are tested with"]
 
 
 def test_a_bad_gradient_under_a_normal_loss_changes_nothing_and_the_next_update_is_applied(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.draws import Draws
 from data_pipeline.errors import UserError
-from data_pipeline.loader import MicroBatch
+from data_pipeline.loader import MicroBatch, Rows
 from trainer.config import TrainConfig
 from trainer.ema import update_ema
 from trainer.engine.engine import KINDS
@@ -21,7 +21,7 @@ from trainer.engine.group import Group
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.guard import Decision
 from trainer.recipes import parse_train_config
-from trainer.recipes.recipe import Batch, Phase
+from trainer.recipes.recipe import Batch, Phase, on_device, pinned
 from trainer.step import Trainee, only_trained, train_step
 
 Values = Callable[..., dict[str, Any]]
@@ -187,3 +187,14 @@ def test_fp16_is_refused_where_nothing_scales_its_loss(train_values: Values) -> 
         config_of(train_values, precision="fp16")
     config = config_of(train_values, precision="fp16", zero={"stage": 2})
     assert ReplicatedEngine("net", small_net(), config, Group()).precision == "fp32"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+def test_pinned_batches_are_the_same_batches_in_page_locked_memory() -> None:
+    def prepare(rows: Rows, draws: Draws) -> Batch:
+        return {"x": torch.from_numpy(draws.normal("x", (3, 8, 8)))}
+
+    draws = Draws(0, np.arange(4))
+    batch = pinned(prepare, torch.device("cuda"))({}, draws)
+    assert batch["x"].is_pinned() and torch.equal(batch["x"], prepare({}, draws)["x"])
+    assert torch.equal(on_device(batch, torch.device("cuda"))["x"].cpu(), batch["x"])

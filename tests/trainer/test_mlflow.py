@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,13 @@ def test_a_run_is_found_again_with_its_params_datasets_and_the_tags_of_its_newes
 
     run_id = open_run(server.uri, about("found", nested={"text": "x" * 9000, "nothing": None}))
     end_run(server.uri, run_id, "FAILED", 1)
-    assert open_run(server.uri, about("found", attempt=2, images=128)) == run_id != open_run(server.uri, about("other"))
+    mixed = (*about("other").datasets, DatasetUse("more", "m" * 64, "s3://bucket/more", "training"))
+    other = open_run(server.uri, replace(about("other", dataset=[{"uri": "a", "weight": "3"}]), datasets=mixed))
+    assert open_run(server.uri, about("found", attempt=2, images=128)) == run_id != other
     client = MlflowClient(tracking_uri=server.uri)
+    trained_on = client.get_run(other)
+    assert trained_on.data.tags["glidepath.dataset.training"] == f"{'t' * 64} {'m' * 64}"
+    assert len(trained_on.inputs.dataset_inputs) == 3 and "weight" in trained_on.data.params["dataset"]
     run = client.get_run(run_id)
     assert run.info.status == "RUNNING" and run.info.run_name == "found"
     assert run.data.params | {"nested.text": ""} == {

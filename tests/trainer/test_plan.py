@@ -64,6 +64,8 @@ def test_the_paper_s_models_are_planned_with_their_published_size(preset: str, p
     found = planned(preset)
     assert found["parameters"]["total"] == parameters == sum(found["parameters"][kind] for kind in ("text", "visual"))
     assert found["flops_per_image"] == pytest.approx(gflops * 1e9, rel=0.01)
+    snapshot = found["host_bytes_per_gpu"]  # of a save: without offload all that the host holds
+    assert snapshot == pytest.approx(found["checkpoint_bytes"] / 8, rel=1e-6)
     assert 2.9 < found["flops_train_per_image"] / found["flops_per_image"] < 3.01
     # Checkpointing computes most of the forward pass once more, never all of it.
     again = found["flops_computed_per_image"] - found["flops_train_per_image"]

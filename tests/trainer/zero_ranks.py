@@ -38,6 +38,7 @@ from trainer.step import Trainee, train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
 from two_parts import TwoParts
+from zero_layouts import pieces_of
 
 State = dict[tuple[str, str, int], Tensor]
 
@@ -165,6 +166,10 @@ def check_stage(bench: Bench, stage: int, precision: str, offload: str) -> dict[
     source = {f"{name}/{key}": p.detach().reshape(-1) for key, p in recipe.parts()[name].build().named_parameters()}
     masters = [i for i in trainee.engines[name].shard_view() if i.kind in ("master", "ema")]
     exact = all(torch.equal(i.values, source[i.name][i.offset : i.offset + len(i.values)]) for i in masters)
+    held = [(i.name, i.offset, len(i.values)) for i in masters if i.kind == "master"]
+    sizes = trainee.engines[name].parameter_sizes
+    as_planned = sorted(held) == sorted(pieces_of(stage, sizes, bench.group.rank, bench.group.world_size))
+    found["the layout is what plans are tested with"] = bench.everywhere(as_planned)
     covered = bench.group.sum_(torch.tensor([sum(len(i.values) for i in masters)]))
     found["step-0 masters and ema equal the fp32 source"] = bench.everywhere(exact)
     found["elements covered"] = [int(covered), 2 * sum(values.numel() for values in source.values())]

@@ -24,7 +24,7 @@ class Superseded(UserError):
 def take_attempt(store: ObjectStore, record: dict[str, Any]) -> int:
     """The next attempt's number (from 1), now ours; `record` (JSON) is kept in it."""
     attempt = newest_attempt(store) + 1
-    while not store.put_if_absent(_key(attempt), canonical_json({"attempt": attempt, **record})):
+    while not store.put_if_absent(record_key(attempt), canonical_json({"attempt": attempt, **record})):
         attempt += 1
     return attempt
 
@@ -55,5 +55,11 @@ def first_record_key(store: ObjectStore) -> str | None:
     return next((info.key for info in store.list(ATTEMPTS) if number_of(info.key)), None)
 
 
-def _key(attempt: int) -> str:
+def run_of(store: ObjectStore) -> str | None:
+    """The name of the run whose store this is; None before its first attempt. Raises UserError."""
+    key = first_record_key(store)
+    return read_record(store, key)["config"].get("run") if key else None
+
+
+def record_key(attempt: int) -> str:
     return f"{ATTEMPTS}{attempt:05d}.json"

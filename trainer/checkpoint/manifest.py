@@ -8,20 +8,26 @@ with its parts beside it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from data_pipeline.config import Settings
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifests import NotSealed, seal, unseal
 from data_pipeline.storage import ObjectNotFound, ObjectStore
 from trainer.checkpoint.parts import CheckpointDamaged, PartInfo
 
-FORMAT = "glidepath-checkpoint-1"
+FORMAT = "glidepath-checkpoint-2"
+READABLE = ("glidepath-checkpoint-1", FORMAT)  # 1 had neither `figures` nor parts in another checkpoint's folder
 CHECKPOINTS = "checkpoints/"
 _FOLDER = re.compile(r"checkpoints/images-(\d{9,})/attempt-(\d+)/")
+
+
+class OtherFormat(UserError):
+    """A whole manifest of a format that this version does not read."""
 
 
 class Manifest(Settings):
@@ -42,6 +48,7 @@ class Manifest(Settings):
     recipe_state: dict[str, Any] = Field(default_factory=dict)  # HostState of the recipe; empty where it has none
     lineage: dict[str, dict[str, Any]] = Field(default_factory=dict)  # by part: the checkpoint it started from
     tracking: tuple[dict[str, Any], ...] = ()  # records of the tracker that had not arrived by then
+    figures: dict[str, float] = Field(default_factory=dict)  # held-out, of these weights; empty where none were taken
     config: dict[str, Any]  # resolved
     code_version: str
     committed_at: str  # UTC, ISO 8601
@@ -74,6 +81,11 @@ def part_file(rank: int, world_size: int) -> str:
     return f"part-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
+def part_key(name: CheckpointName, part: PartInfo) -> str:
+    """Where a part of checkpoint `name` lies: beside its manifest, or in the folder of the checkpoint it refers to."""
+    return (part.folder or name.folder) + part.file
+
+
 def name_of_key(key: str) -> CheckpointName | None:
     """The checkpoint that an object belongs to, by its key."""
     match = _FOLDER.match(key)
@@ -82,15 +94,20 @@ def name_of_key(key: str) -> CheckpointName | None:
 
 def committed(store: ObjectStore) -> list[CheckpointName]:
     """Every committed checkpoint (its manifest exists), newest first."""
-    names = (name_of_key(info.key) for info in store.list(CHECKPOINTS) if info.key.endswith("/manifest.json"))
+    return names_in(info.key for info in store.list(CHECKPOINTS))
+
+
+def names_in(keys: Iterable[str]) -> list[CheckpointName]:
+    """The checkpoints whose manifests are among the keys, newest first."""
+    names = (name_of_key(key) for key in keys if key.endswith("/manifest.json"))
     return sorted((name for name in names if name is not None), reverse=True)
 
 
-def read_manifest(store: ObjectStore, key: str) -> Manifest:
-    """The manifest stored under `key`.
+def read_manifest(store: ObjectStore, key: str, run: str | None = None) -> Manifest:
+    """The manifest stored under `key`. `run`: the name of the run whose store it is, where that is known.
 
-    Raises CheckpointDamaged if its bytes are not canonical or its digest is wrong, UserError if the format is of
-    another version of Glidepath.
+    Raises CheckpointDamaged if its bytes are not canonical, its digest is wrong, it has keys that its format does not
+    have, or it is another checkpoint's or another run's; OtherFormat if the format is of another version of Glidepath.
     """
     try:
         document = unseal(store.get(key))
@@ -99,14 +116,29 @@ def read_manifest(store: ObjectStore, key: str) -> Manifest:
     except NotSealed as fault:
         raise CheckpointDamaged("manifest.json", fault.expected, fault.found) from None
     del document["sha256"]
-    if document.get("format") != FORMAT:
-        raise UserError(
-            f"{store.uri}/{key}", f"format {FORMAT}", str(document.get("format")), "use that version to read it"
-        )
+    if document.get("format") not in READABLE:
+        expected, found = f"format {' or '.join(READABLE)}", str(document.get("format"))
+        raise OtherFormat(f"{store.uri}/{key}", expected, found, "use the version of Glidepath that wrote it")
     try:
-        return Manifest.model_validate(document)
+        manifest = Manifest.model_validate(document)
     except ValidationError as error:
-        raise CheckpointDamaged("manifest.json", "the keys of this format", error.errors()[0]["msg"]) from None
+        raise _unlike_its_format(document["format"], error) from None
+    there, own = name_of_key(key), CheckpointName(manifest.position, manifest.attempt)
+    if there != own:
+        raise CheckpointDamaged("manifest.json", f"that of {there}", f"that of {own}")
+    if run is not None and manifest.run != run:
+        raise CheckpointDamaged("manifest.json", f"one of run {run}", f"one of run {manifest.run}")
+    return manifest
+
+
+def _unlike_its_format(format_: str, error: ValidationError) -> CheckpointDamaged:
+    """All unknown keys by name; without any, the first value that is wrong."""
+    faults = error.errors()
+    unknown = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "extra_forbidden"]
+    if unknown:
+        return CheckpointDamaged("manifest.json", f"the keys of {format_}", f"unknown key {', '.join(unknown)}")
+    where = ".".join(map(str, faults[0]["loc"]))
+    return CheckpointDamaged("manifest.json", f"the keys of {format_}", f"{where}: {faults[0]['msg']}")
 
 
 def split_checkpoint_uri(uri: str) -> tuple[str, CheckpointName]:
@@ -122,11 +154,24 @@ def split_checkpoint_uri(uri: str) -> tuple[str, CheckpointName]:
     return match[1], CheckpointName(int(match[2]), int(match[3]))
 
 
+def parse_name(text: str) -> CheckpointName:
+    """The checkpoint that `images-000000064/attempt-1`, or a URI that ends so, names. Raises UsageError."""
+    match = re.fullmatch(r"(?:.*/)?images-(\d+)/attempt-(\d+)/?", text)
+    if not match:
+        expected = "images-<position>/attempt-<n>, or a URI that ends so"
+        raise UsageError(f"checkpoint {text}", expected, "another form", "glidepath checkpoints list RUN prints them")
+    return CheckpointName(int(match[1]), int(match[2]))
+
+
 def stored_bytes(manifest: Manifest) -> int:
     return sum(part.bytes for part in manifest.parts)
 
 
-def missing_or_cut(store: ObjectStore, name: CheckpointName, manifest: Manifest) -> list[str]:
-    """Files of parts that are absent or of the wrong size; reads no part."""
-    sizes = {info.key.removeprefix(name.folder): info.bytes for info in store.list(name.folder)}
-    return [part.file for part in manifest.parts if sizes.get(part.file) != part.bytes]
+def part_sizes(store: ObjectStore) -> dict[str, int]:
+    """Bytes of every object of the run's checkpoints, by key."""
+    return {info.key: info.bytes for info in store.list(CHECKPOINTS)}
+
+
+def missing_or_cut(name: CheckpointName, parts: Iterable[PartInfo], sizes: Mapping[str, int]) -> list[str]:
+    """Files of parts that are absent or of the wrong size; reads no part. `sizes`: of all objects there, by key."""
+    return [part.file for part in parts if sizes.get(part_key(name, part)) != part.bytes]

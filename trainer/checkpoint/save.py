@@ -1,41 +1,51 @@
-"""Saving: snapshot to host, then upload and commit behind the training's back. It stalls training for the snapshot,
-and for the save before it if that one is not done yet.
+"""Saving: snapshot to host, then upload and commit behind the training's back, which waits for the snapshot alone.
 
-The protocol, per rank: clone the shard view; digest from memory; put the part; put a receipt that describes it. Rank 0
+The protocol, per rank: copy the shard view; digest from memory; put the part; put a receipt that describes it. Rank 0
 then reads all receipts and commits by putting the manifest if absent. No collective call happens off the main thread:
 the store carries the receipts. Always holds: nothing is visible as a checkpoint before its manifest, and the manifest
-comes last; a failed save deletes nothing and training goes on.
+comes last; one save at a time; whatever the store does, a save ends by its deadline or is given up, and neither moves
+what is committed nor ends the training. Called by the loop, and by the importer.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from data_pipeline.errors import UserError
-from data_pipeline.storage import ObjectNotFound, ObjectStore, canonical_json
+from data_pipeline.manifests import NotSealed, seal, unseal
+from data_pipeline.storage import ObjectNotFound, ObjectStore, StoreError
 from trainer.checkpoint.attempts import Superseded, newest_attempt
 from trainer.checkpoint.manifest import CheckpointName, Manifest, part_file
 from trainer.checkpoint.parts import PartInfo, encode_part
+from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.snapshot import HostMemory
 from trainer.engine.engine import Interval
 
 log = logging.getLogger(__name__)
 
-RECEIPT_DEADLINE_S = 600.0
+T = TypeVar("T")
+
+DEADLINE_S = 900.0
+GRACE_S = 60.0  # after the deadline, for the request under way to lose its own patience
+LONGEST_PAUSE_S = 10.0  # between tries
 RECEIPT_POLL_S = 0.05
+LONGEST_POLL_S = 1.0
+PIECE_BYTES = 16 * 2**20  # of an upload; before each of them the deadline is looked at
 
 
 class SaveFailed(UserError):
     """This save did not commit; the older checkpoints stand."""
 
     def __init__(self, name: CheckpointName, expected: str, found: str) -> None:
-        super().__init__(f"save of {name}", expected, found, "older checkpoints stand; mend the store and run again")
+        super().__init__(f"save of {name}", expected, found, "older checkpoints stand; mend the store")
 
 
 @dataclass(frozen=True)
@@ -53,21 +63,87 @@ class RunIdentity:
     lineage: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def upload_share(store: ObjectStore, identity: RunIdentity, position: int, intervals: list[Interval]) -> None:
-    """Store this rank's part, then its receipt."""
+class Deadline:
+    """So many seconds from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._until = time.monotonic() + seconds
+
+    def left_s(self) -> float:
+        """Negative once it has passed."""
+        return self._until - time.monotonic()
+
+
+def insist(name: CheckpointName, what: Callable[[], T], deadline: Deadline) -> T:
+    """`what()`, again and again while the store fails it; OSError once the deadline has passed."""
+    pause_s, level = 0.1, logging.WARNING
+    while True:
+        try:
+            return what()
+        except OSError as error:
+            if deadline.left_s() <= 0:
+                raise
+            log.log(level, "save of %s: %s; trying again for %.0f s", name, error, deadline.left_s())
+        time.sleep(min(pause_s, max(deadline.left_s(), 0.0)))
+        pause_s, level = min(2 * pause_s, LONGEST_PAUSE_S), logging.DEBUG
+
+
+def upload_share(
+    store: ObjectStore,
+    identity: RunIdentity,
+    position: int,
+    intervals: list[Interval],
+    deadline: Deadline | None = None,
+) -> None:
+    """Store this rank's part, then its receipt. Raises OSError once the deadline (DEADLINE_S) has passed."""
+    deadline = deadline or Deadline(DEADLINE_S)
     name = CheckpointName(position, identity.attempt)
     info, chunks = encode_part(part_file(identity.rank, identity.world_size), intervals)
-    store.put(name.folder + info.file, chunks)
-    store.put(_receipt_key(name, identity.rank), [canonical_json(info.model_dump(mode="json"))])
+    receipt = seal(info.model_dump(mode="json"))
+
+    def put_part() -> None:
+        try:
+            store.put(name.folder + info.file, _while_in_time(info.file, chunks, deadline))
+        except OSError as error:
+            _tell_rank_0(store, identity, name, error)
+            raise
+
+    insist(name, put_part, deadline)
+    insist(name, lambda: store.put(_receipt_key(name, identity.rank), [receipt]), deadline)
+
+
+def _while_in_time(file: str, chunks: Iterable[memoryview], deadline: Deadline) -> Iterator[memoryview]:
+    """The chunks in small pieces; ends an upload that was begun in time and crawls. Raises StoreError."""
+    for chunk in chunks:
+        for begin in range(0, len(chunk), PIECE_BYTES):
+            if deadline.left_s() < 0:
+                raise StoreError(file, f"not stored within {deadline.seconds:.0f} s")
+            yield chunk[begin : begin + PIECE_BYTES]
+
+
+def _tell_rank_0(store: ObjectStore, identity: RunIdentity, name: CheckpointName, error: OSError) -> None:
+    """So that it can name the cause, if this rank does not get its part stored at all."""
+    if identity.rank == 0:
+        return
+    try:
+        store.put(_receipt_key(name, identity.rank), [seal({"error": str(error)})])
+    except OSError as second:
+        log.warning("rank %d could not store its error either: %s", identity.rank, second)
 
 
 def commit(
     store: ObjectStore, identity: RunIdentity, position: int, state: dict[str, Any], deadline_s: float
 ) -> CheckpointName:
-    """Rank 0: wait for all receipts, then put the manifest. Raises SaveFailed, Superseded; then nothing is visible."""
+    """Rank 0: wait for all receipts, then put the manifest.
+
+    Raises SaveFailed or Superseded, and then nothing is visible; OSError where the store does not even say whether it
+    has the manifest.
+    """
+    deadline = Deadline(deadline_s)
     name = CheckpointName(position, identity.attempt)
-    parts = tuple(_await_receipt(store, name, rank, deadline_s) for rank in range(identity.world_size))
-    newest = newest_attempt(store)
+    parts = tuple(_await_receipt(store, name, rank, deadline) for rank in range(identity.world_size))
+    newest = insist(name, lambda: newest_attempt(store), deadline)
     if newest > identity.attempt:
         raise Superseded(
             f"run {identity.run}, attempt {identity.attempt}",
@@ -89,8 +165,13 @@ def commit(
         committed_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **state,
     ).encode()
-    if not store.put_if_absent(name.manifest_key, manifest) and store.get(name.manifest_key) != manifest:
-        raise SaveFailed(name, "no manifest there", "one of another writer")
+
+    def put_manifest() -> None:
+        # The one that is there may be ours, of a request whose answer was lost.
+        if not store.put_if_absent(name.manifest_key, manifest) and store.get(name.manifest_key) != manifest:
+            raise SaveFailed(name, "no manifest there", "one of another writer")
+
+    insist(name, put_manifest, deadline)
     _delete_receipts(store, name, identity.world_size)
     return name
 
@@ -108,81 +189,153 @@ def _receipt_key(name: CheckpointName, rank: int) -> str:
     return f"{name.folder}receipt-{rank:05d}.json"
 
 
-def _await_receipt(store: ObjectStore, name: CheckpointName, rank: int, deadline_s: float) -> PartInfo:
+def _await_receipt(store: ObjectStore, name: CheckpointName, rank: int, deadline: Deadline) -> PartInfo:
     """Poll: a store tells nobody when an object appears."""
-    until = time.monotonic() + deadline_s
+    found, pause_s = "none", RECEIPT_POLL_S
     while True:
         try:
-            receipt = json.loads(store.get(_receipt_key(name, rank)))
+            receipt = unseal(store.get(_receipt_key(name, rank)))
+            del receipt["sha256"]
+            if "error" not in receipt:
+                return PartInfo.model_validate(receipt)
+            found = receipt["error"]
         except ObjectNotFound:
-            if time.monotonic() > until:
-                raise SaveFailed(name, f"a receipt from rank {rank} in {deadline_s:.0f} s", "none") from None
-            time.sleep(RECEIPT_POLL_S)
-            continue
-        if "error" in receipt:
-            raise SaveFailed(name, f"the part of rank {rank}", receipt["error"])
-        return PartInfo.model_validate(receipt)
+            pass
+        except OSError as error:
+            found = str(error)
+        except (NotSealed, ValidationError) as fault:
+            raise SaveFailed(name, f"a receipt from rank {rank}", f"other bytes ({fault})") from None
+        if deadline.left_s() <= 0:
+            raise SaveFailed(name, f"a receipt from rank {rank} in {deadline.seconds:.0f} s", found)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, LONGEST_POLL_S)
+
+
+def _forget(store: ObjectStore, name: CheckpointName) -> None:
+    """Remove what a given-up save left, so that they do not fill the store. Its writers must be done with it."""
+    if store.exists(name.manifest_key):
+        return  # whatever became of it: it is committed
+    for info in list(store.list(name.folder)):
+        store.delete(info.key)
+    store.sweep_uploads(name.folder)
+
+
+@dataclass
+class _Save:
+    """A save that has begun."""
+
+    name: CheckpointName
+    deadline: Deadline
+    thread: threading.Thread
+    error: Superseded | SaveFailed | None = None
+    reported: bool = False
 
 
 class Saver:
-    """Runs saves of one rank in the background, one at a time."""
+    """Runs saves of one rank in the background, one at a time. All but `_store` is the main thread's."""
 
-    def __init__(self, store: ObjectStore, identity: RunIdentity) -> None:
-        self.store, self.identity = store, identity
+    def __init__(
+        self,
+        store: ObjectStore,
+        identity: RunIdentity,
+        deadline_s: float = DEADLINE_S,
+        retention: Retention | None = None,
+    ) -> None:
+        """`retention`: rank 0's, which is told of every commit."""
+        self.store, self.identity, self.deadline_s, self.retention = store, identity, deadline_s, retention
         self.committed: CheckpointName | None = None  # newest commit, known to rank 0
         self.failures = 0  # saves that did not commit while training went on
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self.memory = HostMemory()
+        self._save: _Save | None = None
+        self._left_behind: list[CheckpointName] = []  # by saves that were given up before their manifest
 
-    def save(self, position: int, view: Iterable[Interval], state: dict[str, Any]) -> SaveFailed | None:
-        """Snapshot now, store later. Waits for the save before it; returns why that one failed, if it did.
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way, as `poll` last saw it. Its thread reads the snapshot until it ends, even when it
+        was given up."""
+        return self._save is not None
+
+    def save(self, position: int, view: Iterable[Interval], state: dict[str, Any]) -> None:
+        """Snapshot now, store later. Only while no rank is `busy`. Raises SaveFailed if this one still is."""
+        name = CheckpointName(position, self.identity.attempt)
+        if self._save is not None:
+            raise SaveFailed(name, "the save before it to end", f"that of {self._save.name} under way")
+        snapshot = self.memory.snapshot(view)
+        # A daemon: a request that never ends must not keep a finished worker from ending.
+        thread = threading.Thread(target=self._run, args=(snapshot, state), name="save", daemon=True)
+        self._save = _Save(name, Deadline(self.deadline_s), thread)
+        thread.start()
+
+    def poll(self) -> SaveFailed | None:
+        """Why the save that began last will not be a checkpoint, once that is known; said once, and counted.
 
         Raises Superseded when a newer attempt of the run has begun.
         """
-        failed = self.settle()
-        snapshot = [Interval(i.name, i.kind, i.offset, i.values.detach().to("cpu", copy=True)) for i in view]
-        self._thread = threading.Thread(target=self._run, args=(position, snapshot, state), name="save")
-        self._thread.start()
+        save = self._save
+        if save is None:
+            return None
+        failed = save.error
+        if not save.thread.is_alive():
+            self._save = None
+            if isinstance(failed, Superseded):
+                raise failed
+        elif save.deadline.left_s() < -GRACE_S:
+            failed = SaveFailed(save.name, f"to end within {self.deadline_s:.0f} s", "a request that does not end")
+        if failed is None or save.reported:
+            return None
+        assert isinstance(failed, SaveFailed)
+        save.reported = True
+        self.failures += 1
+        log.warning("%s", failed)
         return failed
 
-    def wait(self) -> None:
-        """Until the save that is under way has ended. Raises SaveFailed, Superseded."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
     def settle(self) -> SaveFailed | None:
-        """`wait`, for a caller that goes on without this save: its failure is counted, logged and returned."""
-        try:
-            self.wait()
-        except SaveFailed as error:
-            self.failures += 1
-            log.warning("%s", error)
-            return error
-        return None
+        """`poll`, once the save that is under way has ended or missed its deadline."""
+        if self._save is not None:
+            self._save.thread.join(max(self._save.deadline.left_s() + GRACE_S, 0.0) + RECEIPT_POLL_S)
+        return self.poll()
 
-    def _run(self, position: int, snapshot: list[Interval], state: dict[str, Any]) -> None:
-        try:
-            self._store(position, snapshot, state)
-        except Exception as error:  # noqa: BLE001  (handed to the main thread by wait())
-            self._error = error
+    def wait(self) -> None:
+        """`settle`, for a caller that cannot do without this save. Raises SaveFailed, Superseded."""
+        if failed := self.settle():
+            raise failed
 
-    def _store(self, position: int, snapshot: list[Interval], state: dict[str, Any]) -> None:
-        name = CheckpointName(position, self.identity.attempt)
+    def _run(self, snapshot: list[Interval], state: dict[str, Any]) -> None:
+        assert self._save is not None
+        save = self._save
         try:
-            upload_share(self.store, self.identity, position, snapshot)
-            if self.identity.rank == 0:
-                self.committed = commit(self.store, self.identity, position, state, RECEIPT_DEADLINE_S)
+            self._store(save, snapshot, state)
+        except (SaveFailed, Superseded) as error:
+            save.error = error
+        except Exception as error:  # whatever it is, it costs a save and not the training
+            log.warning("save of %s", save.name, exc_info=error)
+            save.error = SaveFailed(save.name, "no error", repr(error))
+
+    def _store(self, save: _Save, snapshot: list[Interval], state: dict[str, Any]) -> None:
+        position, rank = save.name.position, self.identity.rank
+        try:
+            upload_share(self.store, self.identity, position, snapshot, save.deadline)
         except OSError as error:
-            self._tell_rank_0(name, error)
-            raise SaveFailed(name, f"the part of rank {self.identity.rank} in the store", str(error)) from error
-
-    def _tell_rank_0(self, name: CheckpointName, error: OSError) -> None:
-        """So that it need not wait out its deadline. The store may well refuse this too: then it does wait."""
+            self._left_behind.append(save.name)  # cleared away by rank 0, whose save fails by this
+            raise SaveFailed(save.name, f"the part of rank {rank} in the store", str(error)) from None
+        if rank > 0:
+            return
         try:
-            self.store.put(_receipt_key(name, self.identity.rank), [canonical_json({"error": str(error)})])
-        except OSError as second:
-            log.warning("rank %d could not store its error either: %s", self.identity.rank, second)
+            self.committed = commit(self.store, self.identity, position, state, max(save.deadline.left_s(), 0.0))
+        except SaveFailed:
+            self._left_behind.append(save.name)
+            raise
+        except OSError as error:
+            raise SaveFailed(save.name, "its manifest in the store", str(error)) from None
+        self._clear_left_behind()
+        if self.retention is not None:
+            self.retention.begin(save.name)
+
+    def _clear_left_behind(self) -> None:
+        """All ranks were done with those saves before this one began."""
+        try:
+            while self._left_behind:
+                _forget(self.store, self._left_behind[-1])
+                self._left_behind.pop()
+        except OSError as error:
+            log.warning("what is left of save %s stays for now: %s", self._left_behind[-1], error)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
+import zlib
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,12 @@ class Group:
     def all_agree(self, good: bool) -> bool:
         """True on every rank if it is true on every rank."""
         return int(self.sum_(torch.tensor(0 if good else 1))) == 0
+
+    def ranks_here(self) -> int:
+        """How many ranks run on this machine, this one included."""
+        hosts = torch.zeros(self.world_size, dtype=torch.int64)
+        hosts[self.rank] = mine = zlib.crc32(socket.gethostname().encode())
+        return int((self.sum_(hosts) == mine).sum())
 
     def broadcast(self, document: Any) -> Any:
         """Rank 0's JSON document, on every rank. JSON, not pickle: nothing that arrives is ever executed."""

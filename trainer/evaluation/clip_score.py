@@ -10,7 +10,6 @@ filter by the same cosine.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +39,7 @@ def open_clip_checkpoint(uri: str) -> Checkpoint:
 
 def score_digest(checkpoint: Checkpoint) -> str:
     """sha256 of what the scores depend on besides the pairs; known before the weights are loaded."""
-    return digest_of([SCORE_VERSION, WEIGHTS, hashlib.sha256(checkpoint.manifest.encode()).hexdigest()])
+    return digest_of([SCORE_VERSION, WEIGHTS, checkpoint.manifest_sha256])
 
 
 class NoisedClipScorer:

@@ -37,6 +37,7 @@ RECIPE_OF: dict[Kind, str] = {
     "clip": "noised_clip",
 }
 UNKNOWN = "unknown"  # what the release was trained on
+SAVE_DEADLINE_S = 60.0  # somebody waits
 GRID_STEPS = 50  # of sampling, or all that the release's process has
 
 
@@ -142,7 +143,7 @@ def _save(
         code_version=metadata.version("glidepath"),
         lineage=lineage,
     )
-    saver = Saver(store, identity)
+    saver = Saver(store, identity, SAVE_DEADLINE_S)
     saver.save(0, _view(part, module), {"optimizer_steps": {part: 0}, "guard": {}, "order": {}})
     saver.wait()
     assert saver.committed is not None

@@ -152,7 +152,9 @@ class _Plan:
         return sum(self._states(holding, "gpu").values()) + whole + self.inference_bytes
 
     def host_bytes(self, holding: Holding) -> int:
-        return sum(self._states(holding, "host").values())
+        """State under offload, and the snapshot that saves are stored from: this rank's share of a checkpoint."""
+        snapshot = FP32_BYTES * len(KINDS) * -(-self.parameters["total"] // holding.workers)
+        return sum(self._states(holding, "host").values()) + snapshot
 
     def _held(self, holding: Holding) -> list[tuple[dict[str, int], Holding]]:
         """Each part's parameters, and how it is held."""

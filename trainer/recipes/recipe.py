@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_pipeline.draws import Draws, key64
-from data_pipeline.loader import Column, MicroBatch, Rows
+from data_pipeline.loader import Column, MicroBatch, Prepare, Rows
 from trainer.config import SamplingSettings
 from trainer.diffusion.steps import Gradient
 
@@ -64,6 +64,17 @@ class Part:
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on a device; the loader's threads prepare them in this machine's memory."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def pinned(prepare: Prepare, device: torch.device) -> Prepare:
+    """`prepare` into page-locked memory, from which the GPU copies while the host goes on. For the loader's threads."""
+
+    def prepare_pinned(rows: Rows, draws: Draws) -> Batch:
+        batch = prepare(rows, draws)
+        with torch.cuda.device(device):  # a new thread stands on GPU 0, and would take memory there for every rank
+            return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
+    return prepare_pinned
 
 
 def seed_dropout(micro: MicroBatch, rank: int) -> None:

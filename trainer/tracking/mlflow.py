@@ -353,7 +353,9 @@ def _log_settings(client: Any, run_id: str, about: RunAbout) -> None:
     tags |= {f"glidepath.{key}": value for key, value in about.attempt_tags.items()} | changed
     if about.restart_reason:
         tags[f"event/0/{about.attempt}/restart"] = about.restart_reason
-    tags |= {f"glidepath.dataset.{use.context}": use.id for use in about.datasets}
+    for context in dict.fromkeys(use.context for use in about.datasets):
+        ids = [use.id for use in about.datasets if use.context == context]  # several of a mixture
+        tags[f"glidepath.dataset.{context}"] = " ".join(ids)
     client.log_batch(run_id, tags=[RunTag(key, value[:TAG_CHARACTERS]) for key, value in tags.items()])
 
 
