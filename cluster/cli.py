@@ -15,25 +15,25 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.console import Config, Json, Overrides, failure_line, progress_bar, report_verification, say, show
+from cluster.checkpoint_commands import checkpoints_app
+from cluster.console import Config, Json, Overrides, failure_line, progress_bar, say, show
 from cluster.corpus_commands import corpus_app, load_corpus_config, show_corpus_plan
-from data_pipeline.config import find_config, read_values, state_folder
+from cluster.drill_commands import drill
+from cluster.find_run import Run, run_store
+from data_pipeline.config import find_config, read_values
 from data_pipeline.errors import UsageError, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Glidepath: the training system for GLIDE.")
 submit_app = typer.Typer(no_args_is_help=True, help="The same work as a job on a Ray cluster.")
 submit_corpus_app = typer.Typer(no_args_is_help=True, help="Corpus to Arrow shards, as a job.")
-checkpoints_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run.")
 runs_app = typer.Typer(no_args_is_help=True, help="Runs, side by side.")
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(submit_app, name="submit")
 submit_app.add_typer(submit_corpus_app, name="corpus")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(runs_app, name="runs")
+app.command()(drill)
 
-Run = Annotated[
-    str, typer.Argument(help="A run's store URI, or its name in the state folder or on the tracking server.")
-]
 Tracking = Annotated[str | None, typer.Option(help="Tracking server; by default $MLFLOW_TRACKING_URI.")]
 
 
@@ -232,39 +232,6 @@ def stop(run: Run, as_json: Json = False) -> None:
     show({"run": run} | asdict(stop_run(open_store(uri), run)), as_json)
 
 
-@checkpoints_app.command("list")
-def checkpoints_list(run: Run, as_json: Json = False) -> None:
-    """Committed checkpoints of a run, newest first."""
-    from trainer.checkpoint.inspect import list_checkpoints
-
-    show(list_checkpoints(run_store(run)), as_json)
-
-
-@checkpoints_app.command("verify")
-def checkpoints_verify(run: Run, as_json: Json = False) -> None:
-    """Read every byte of every checkpoint of a run and name each bad part."""
-    from trainer.checkpoint.inspect import verify_checkpoints
-
-    report_verification(verify_checkpoints(run_store(run)), as_json)
-
-
-@checkpoints_app.command("export")
-def checkpoints_export(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint URI, or a run (then its newest).")],
-    out: Annotated[Path, typer.Option(help="A new folder.")],
-    weights: Annotated[str, typer.Option(help="ema or master.")] = "ema",
-    data_licence: Annotated[str, typer.Option(help="Licence of the training data, for the model card.")] = "unknown",
-    as_json: Json = False,
-) -> None:
-    """Write a model as safetensors with its configuration and model card, and in the release's layout."""
-    from trainer.interop.export import export_checkpoint
-
-    if weights not in ("ema", "master"):
-        raise UsageError("--weights", "ema or master", repr(weights), "correct it")
-    uri = checkpoint if "checkpoints/images-" in checkpoint else run_store(checkpoint)
-    show(export_checkpoint(uri, out, "master" if weights == "master" else "ema", data_licence), as_json)
-
-
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="A released state dict; for clip the folder of its two files.")],
@@ -397,25 +364,6 @@ def load_train_config(name: str, overrides: list[str] | None) -> Any:
     from trainer.recipes import parse_train_config
 
     return parse_train_config(read_values(find_config("train", name), overrides or ()), name)
-
-
-def run_store(run: str) -> str:
-    """The store URI of a run given by URI or by name. Raises UserError if there is no such run."""
-    from cluster.runs import known_store
-    from data_pipeline.storage import open_store
-    from trainer.checkpoint.attempts import newest_attempt
-
-    for store in (open_store(run), open_store(str(state_folder() / "runs" / run))):
-        if newest_attempt(store):
-            return store.uri
-    if known := known_store(run):
-        return known
-    raise UserError(
-        f"run {run}",
-        f"a run's store, or a name in {state_folder() / 'runs'} or on the tracking server",
-        "neither",
-        "check the URI or the name",
-    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Always holds: stdout carries the result only, so that `--json` can be piped; bar
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 stderr = Console(stderr=True)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or one's share of it
 PIPED_WIDTH = 400  # a row stays one line when piped; only a terminal folds long cells
 stdout = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
@@ -38,7 +40,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def failure_line(error: OSError) -> str:
     """What failed and how, in one line, of an error of a disk or a store."""
-    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    line = f"{error.filename or 'input or output'}: {error.strerror or error}"
+    return f"{line}; make room, and the same command goes on" if error.errno in FULL else line
 
 
 def say(text: str) -> None:

@@ -242,7 +242,7 @@ def test_a_checkpoint_of_another_dataset_or_model_is_refused_with_both_names(
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_parameter(train_values: Values, tmp_path: Path) -> None:
-    narrow, wide = train_values("narrow", images=16), train_values("wide", images=16)
+    narrow, wide = train_values(images=16), train_values(images=16, store=str(tmp_path / "wide"))
     wide["model"] = {**wide["model"], "text_width": 64}
     train_here(narrow)
     config = parse_train_config(wide, "test")

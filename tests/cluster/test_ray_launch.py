@@ -151,7 +151,7 @@ def gone(pids: list[int], seconds: float) -> bool:
 def final_digests(store: str, images: int) -> list[str]:
     name = committed(LocalStore(Path(store)))[0]
     assert name.position == images
-    return [part.sha256 for part in read_manifest(LocalStore(Path(store)), name.manifest_key).parts]
+    return [part.digest for part in read_manifest(LocalStore(Path(store)), name.manifest_key).parts]
 
 
 def config_file(values: dict[str, Any]) -> str:

@@ -94,6 +94,10 @@ def test_work_names_every_folder_by_its_absolute_path(train_values: Values, tmp_
     values = train_values(store="runs/a", dataset="./shards", tracking={"uri": "curves"})
     config = parse_train_config(values | {"heldout": {"dataset": "demo-heldout"}}, "test")
     made = training_work(config)
+    shares = [{"uri": "./shards", "weight": "3"}, {"uri": "demo", "weight": "1"}]
+    mixed = training_work(parse_train_config({**values, "dataset": shares}, "test"))
+    assert mixed.values["dataset"] == [{"uri": str(tmp_path / "shards"), "weight": "3"}, {"uri": "demo", "weight": "1"}]
+    assert mixed.folders[1:3] == [str(tmp_path / "shards"), "demo"]
     assert made.store == made.values["store"] == str(tmp_path / "runs/a")
     assert made.values["dataset"] == str(tmp_path / "shards")
     assert made.values["tracking"]["uri"] == str(tmp_path / "curves")

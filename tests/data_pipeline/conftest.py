@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import io
 import os
-import random
-import socket
-import socketserver
 import tarfile
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import boto3
 import numpy as np
@@ -27,6 +21,8 @@ import pytest
 import simplejpeg
 from moto.server import ThreadedMotoServer
 
+from cluster.faults import FaultyLink
+from cluster.faults import faulty_link as link_to
 from data_pipeline.storage import LocalStore, ObjectStore, open_store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -131,90 +127,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     return open_store(f"{request.getfixturevalue(f'{request.param}_uri')}/deep/in")
 
 
-class FaultyLink(socketserver.ThreadingTCPServer):
-    """A way to a server that fails: what is set on it happens to that share of chunks, or to the next connections."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, url: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Connection)
-        parts = urlsplit(url)
-        self.upstream = (parts.hostname, parts.port)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.random = random.Random(0)
-        self.cut_share = self.busy_share = 0.0
-        self.latency_s, self.down = 0.0, False  # before each chunk; connections are refused and live ones cut
-        self.refuse_next = self.lose_next = self.half_continue_next = 0  # connections; answers; connections
-        self.connections = self.refused = self.cuts = self.busy = 0  # what happened so far
-
-
-class _Connection(socketserver.BaseRequestHandler):
-    server: FaultyLink
-
-    def handle(self) -> None:
-        link, client = self.server, self.request
-        link.connections += 1
-        if link.down or link.refuse_next > 0:
-            link.refuse_next -= not link.down
-            link.refused += 1
-            return self._reset()
-        if link.half_continue_next > 0:
-            link.half_continue_next -= 1
-            client.recv(65536)
-            client.sendall(b"HTTP/1.1 100 Continue\r\n")
-            return self._reset()
-        if link.random.random() < link.busy_share:
-            link.busy += 1
-            client.recv(65536)
-            client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            return None
-        with socket.create_connection(link.upstream) as upstream:
-            threading.Thread(target=_copy, args=(client, upstream), daemon=True).start()
-            while data := upstream.recv(65536):
-                time.sleep(link.latency_s)
-                if link.down:
-                    return self._reset()
-                if link.lose_next > 0 and not data.startswith(b"HTTP/1.1 100"):  # 100: go on, send the body
-                    link.lose_next -= 1
-                    return self._reset()
-                if link.random.random() < link.cut_share:
-                    link.cuts += 1
-                    with suppress(BrokenPipeError):
-                        client.sendall(data[: link.random.randrange(len(data))])
-                    return self._reset()
-                with suppress(BrokenPipeError):  # the client left, having seen enough
-                    client.sendall(data)
-        return None
-
-    def _reset(self) -> None:
-        # Not close(): the other thread still waits in recv, and until it returns nothing would be sent.
-        with suppress(OSError):  # the client was faster
-            self.request.shutdown(socket.SHUT_RDWR)
-
-
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    try:
-        while data := source.recv(65536):
-            target.sendall(data)
-    except OSError:
-        return  # the other side of the link was cut
-
-
 @pytest.fixture
 def faulty_link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], FaultyLink]]:
     """Put a link before the server of the environment, or before another one."""
-    links = []
+    with ExitStack() as links:
 
-    def make(url: str = "") -> FaultyLink:
-        link = FaultyLink(url or boto3.session.Session().client("s3").meta.endpoint_url)
-        threading.Thread(target=link.serve_forever, daemon=True).start()
-        links.append(link)
-        if not url:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", link.url)
-        return link
+        def make(url: str = "") -> FaultyLink:
+            link = links.enter_context(link_to(url or boto3.session.Session().client("s3").meta.endpoint_url))
+            if not url:
+                monkeypatch.setenv("AWS_ENDPOINT_URL", link.url)
+            return link
 
-    yield make
-    for link in links:
-        link.shutdown()
-        link.server_close()
+        yield make

@@ -9,50 +9,30 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_case import attempt_and_save, orphans, restored_position, save
 
+from cluster.drills.crash_points import (
+    SIZE,
+    WORLD,
+    Place,
+    checkpoint_protocol,
+    drop_folder,
+    folder_place,
+    order_at,
+    stop_everywhere,
+)
 from data_pipeline.errors import UserError
-from data_pipeline.order import OrderState
 from data_pipeline.storage import LocalStore
-from data_pipeline.storage.crash import Crashed, CrashPointStore
+from data_pipeline.storage.crash import CrashPointStore, StoppingStore
 from trainer.checkpoint.attempts import newest_attempt, take_attempt
-from trainer.checkpoint.inspect import verify_checkpoints
 from trainer.checkpoint.load import restore_newest
-from trainer.checkpoint.manifest import CheckpointName, committed, read_manifest
+from trainer.checkpoint.manifest import CheckpointName, committed
 from trainer.checkpoint.save import RunIdentity, SaveFailed, Superseded, commit, upload_share
 from trainer.checkpoint.sweep import sweep
 from trainer.engine.engine import KINDS, Interval
 from trainer.engine.group import Group
 from trainer.recipes import parse_train_config
 from trainer.run import prepare_run
-
-SIZE, WORLD, DATASET = 10, 2, "d" * 64
-
-
-def save(store: LocalStore, attempt: int, position: int) -> None:
-    """A save by two ranks, one after the other, so that every stop is at a known place."""
-    identities = [
-        RunIdentity(
-            run="test",
-            attempt=attempt,
-            rank=rank,
-            world_size=WORLD,
-            zero_stage=0,
-            parameters={"net/w": SIZE},
-            config={},
-            code_version="0",
-        )
-        for rank in range(WORLD)
-    ]
-    for identity in identities:
-        begin, end = SIZE * identity.rank // WORLD, SIZE * (identity.rank + 1) // WORLD
-        values = torch.full((end - begin,), float(position))
-        upload_share(store, identity, position, [Interval("net/w", kind, begin, values) for kind in KINDS])
-    state = {"optimizer_steps": {"net": 1}, "guard": {}, "order": dataclasses.asdict(order_at(position))}
-    commit(store, identities[0], position, state, deadline_s=0)
-
-
-def order_at(position: int) -> OrderState:
-    return OrderState(DATASET, "lanes", seed=0, batch=16, lanes=1, position=position)
 
 
 class Undeletable(LocalStore):
@@ -66,59 +46,39 @@ class Undeletable(LocalStore):
         super().delete(key)
 
 
-def attempt_and_save(store: LocalStore, position: int) -> None:
-    attempt = take_attempt(store, {})
-    sweep(store, attempt)
-    save(store, attempt, position)
+def requests_place(folder: Path) -> Place:
+    """As in a bucket: whole writes, done or not, and never answered."""
+    numbers = iter(range(10**6))
+    return Place("bucket", lambda: LocalStore(folder / f"{next(numbers)}"), StoppingStore, drop_folder)
 
 
-def restored_position(store: LocalStore) -> int:
-    """The position of the newest checkpoint, whose every element must be that number."""
-    wanted = [Interval("net/w", kind, 0, torch.zeros(SIZE)) for kind in KINDS]
-    found = restore_newest(store, Group(), wanted, {"net/w": SIZE}, order_at(0))
-    assert found is not None
-    for interval in wanted:
-        assert interval.values.tolist() == [float(found.name.position)] * SIZE
-    return found.name.position
+@pytest.mark.parametrize(("place", "at_least"), [(folder_place, 30), (requests_place, 14)])
+def test_a_stop_at_any_operation_leaves_a_readable_run_and_no_orphan_after_the_sweep(
+    tmp_path: Path, place: Callable[[Path], Place], at_least: int
+) -> None:
+    points, failures = stop_everywhere(checkpoint_protocol(), place(tmp_path))
+    assert points >= at_least and not failures
 
 
-def orphans(store: LocalStore) -> set[str]:
-    """Files that no manifest names and that are no attempt."""
-    owned = set()
-    for name in committed(store):
-        owned |= {name.manifest_key}
-        owned |= {name.folder + part.file for part in read_manifest(store, name.manifest_key).parts}
-    files = {path.relative_to(store.root).as_posix() for path in store.root.rglob("*") if path.is_file()}
-    return {file for file in files - owned if not (file.startswith("attempts/") and file.endswith(".json"))}
+def test_a_protocol_that_commits_before_its_parts_are_stored_is_caught(tmp_path: Path) -> None:
+    class Hasty(CrashPointStore):
+        """Its first part becomes visible after the manifest, by which it seems to be there."""
 
+        def put(self, key: str, chunks: Any) -> None:
+            if "part-00000" in key:
+                self.late = key, [bytes(chunk) for chunk in chunks]
+            else:
+                super().put(key, chunks)
 
-def operations_of_a_save(folder: Path) -> int:
-    attempt_and_save(LocalStore(folder), 16)
-    counting = CrashPointStore(folder)
-    attempt_and_save(counting, 32)
-    return counting.operations
+        def put_if_absent(self, key: str, data: bytes) -> bool:
+            stored = super().put_if_absent(key, data)
+            if key.endswith("manifest.json"):
+                super().put(*self.late)
+            return stored
 
-
-def test_a_stop_at_any_operation_leaves_a_readable_run_and_no_orphan_after_the_sweep(tmp_path: Path) -> None:
-    operations = operations_of_a_save(tmp_path / "count")
-    assert operations >= 30
-    seen = set()
-    for stop_at in range(operations):
-        root = tmp_path / str(stop_at)
-        attempt_and_save(LocalStore(root), 16)
-        with pytest.raises(Crashed):
-            attempt_and_save(CrashPointStore(root, stop_at), 32)
-        store = LocalStore(root)
-        seen.add(restored_position(store))
-        assert not verify_checkpoints(str(root))
-        attempt = take_attempt(store, {})
-        sweep(store, attempt)
-        assert orphans(store) == set()
-        assert restored_position(store) in (16, 32)
-        save(store, attempt, 32)
-        assert committed(store)[0] == CheckpointName(32, attempt)
-        assert restored_position(store) == 32
-    assert seen == {16, 32}
+    hasty = dataclasses.replace(folder_place(tmp_path), stopping=lambda store, at: Hasty(Path(store.uri), at))
+    _, failures = stop_everywhere(checkpoint_protocol(), hasty)
+    assert any("part-00000-of-00002.safetensors: found no such part" in failure for failure in failures)
 
 
 def test_a_writer_that_sees_a_higher_attempt_does_not_commit(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""R12: one run through every ZeRO stage and world size, then there and back between worlds and stages: nothing is
+converted on the way, no sample is dropped or repeated, and the loss stays that of a run that never changed.
+
+Dropout inside the network is drawn per rank, so it is off here; all else is a function of the position.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+from typing import Any
+
+import torch
+
+from cluster.drills.scoreboard import CannotRun, Score
+from cluster.drills.scratch import BATCH, Scratch, consumed, losses, newest_manifest, resumes
+from trainer.config import TrainConfig, ZeroSettings
+from trainer.engine.group import Group
+from trainer.run import prepare_run, train
+
+UPDATES = 20  # between one change and the next
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-4}  # relative, of the loss
+THERE_AND_BACK = ((1, 2), (1, 1), (1, 2), (2, 2), (2, 1), (2, 2), (3, 2), (3, 1), (3, 2), (2, 2), (1, 2))
+
+Link = tuple[int, int]  # ZeRO stage, ranks
+
+
+def run(scratch: Scratch) -> Score:
+    """`faults` resumes; by default twelve in a seeded order, which meet every pair, then there and back."""
+    require_deepspeed()
+    links = chain(scratch.wishes.seed, scratch.wishes.faults)
+    failures: list[str] = []
+    worst: dict[str, float] = {}
+    for number, (stage, ranks) in enumerate(links):
+        told = f"{number}: ZeRO {stage} on {ranks}"
+        expected = plain_losses(scratch, number, stage) if number else {}
+        link = config_of(scratch, number + 1, zero={"stage": stage}, launcher={"workers": ranks})
+        scratch.train(link)
+        _, manifest = newest_manifest(link)
+        if (manifest.zero_stage, manifest.world_size, manifest.position) != (stage, ranks, link.images):
+            failures.append(f"{told}: the newest checkpoint is of ZeRO {manifest.zero_stage} at {manifest.position}")
+        if expected:
+            worst[told] = deviation(losses(link), expected)
+            scratch.tell(f"{told} ranks: loss within {worst[told]:.1e}")
+            if not worst[told] <= TOLERANCE[scratch.wishes.precision]:
+                failures.append(f"{told}: the loss is {worst[told]:.1e} off")
+    resumed = [line["images"] for line in resumes(link)]
+    if resumed != [UPDATES * BATCH * number for number in range(1, len(links))]:
+        failures.append(f"resumed at {resumed}")
+    batches, wrong = compare_ids(scratch, link)
+    if wrong:
+        failures.append(f"{wrong} of {batches} batches hold other samples, are missing or come twice")
+    figures = {
+        "resumes": len(resumed),
+        "batches_listed": batches,
+        "batches_with_other_samples": wrong,
+        "precision": scratch.wishes.precision,
+        "updates_after_each_change": UPDATES,
+        "worst_relative_loss": max(worst.values()),
+        "by_link": worst,
+    }
+    return Score(len(resumed), figures, failures)
+
+
+def compare_ids(scratch: Scratch, link: TrainConfig) -> tuple[int, int]:
+    """(batches, wrong ones) of the list that the chain wrote, line by line, against that of an uninterrupted run."""
+    alone = scratch.config("alone", images=link.images, dropout=0.0, checkpoint={"every_images": link.images})
+    train_here(alone)
+    lines = list(itertools.zip_longest(consumed(link), consumed(alone)))
+    return len(lines), sum(found != expected for found, expected in lines)
+
+
+def config_of(scratch: Scratch, links: int, **changes: Any) -> TrainConfig:
+    """The chain's run up to the end of so many links."""
+    span = UPDATES * BATCH
+    settings = {"images": span * links, "dropout": 0.0, "checkpoint": {"every_images": span}}
+    return scratch.config("chained", **settings, **changes)
+
+
+def plain_losses(scratch: Scratch, number: int, stage: int) -> dict[int, float]:
+    """images -> loss of what the chain's newest checkpoint becomes in the plain engine on one rank. Runs that differ by
+    rounding alone drift apart for ever, so each link has a reference of its own.
+
+    In bf16 the plain engine rounds what it computes, DeepSpeed the weights too: other arithmetic, so that a link under
+    ZeRO is compared with ZeRO-1 on one rank.
+    """
+    # The same run in another place: a store with another run's checkpoint is refused.
+    folder = scratch.folder / "plain"
+    elsewhere = {"store": str(folder / "run"), "tracking": {"uri": str(folder / "tracking")}}
+    plain = config_of(scratch, number + 1, **elsewhere)
+    name, _ = newest_manifest(config_of(scratch, number))
+    shutil.copytree(scratch.store_folder(config_of(scratch, number)) / name.folder, folder / "run" / name.folder)
+    if scratch.wishes.precision == "bf16" and stage:
+        scratch.train(plain.model_copy(update={"zero": ZeroSettings(stage=1)}))
+    else:
+        train_here(plain)
+    found = losses(plain)
+    shutil.rmtree(folder)
+    return found
+
+
+def train_here(config: TrainConfig) -> None:
+    """In this process: on one rank a launcher would only cost time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(config.model_dump(mode="json"), prepare_run(config), Group(), lambda event: None)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def deviation(found: dict[int, float], expected: dict[int, float]) -> float:
+    """The largest relative difference where there is something to expect; not a number if a loss is none."""
+    return max(abs(found[at] / loss - 1) for at, loss in expected.items())
+
+
+def chain(seed: int, resumes_wanted: int | None) -> list[Link]:
+    """One link more than there are resumes."""
+    pairs = list(itertools.product(range(4), (1, 2, 3)))
+    random.Random(seed).shuffle(pairs)
+    whole = [(0, 2), *pairs, *THERE_AND_BACK]
+    return whole if resumes_wanted is None else list(itertools.islice(itertools.cycle(whole), resumes_wanted + 1))
+
+
+def require_deepspeed() -> None:
+    """By its metadata: importing it takes the GPU of a machine that has one."""
+    from importlib import metadata
+
+    try:
+        metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        raise CannotRun("no DeepSpeed; pip install 'glidepath[cluster]'") from None
