@@ -313,6 +313,7 @@ class Saver:
 
     def _store(self, save: _Save, snapshot: list[Interval], state: dict[str, Any]) -> None:
         position, rank = save.name.position, self.identity.rank
+        self._clear_left_behind(rank)
         try:
             upload_share(self.store, self.identity, position, snapshot, save.deadline)
         except OSError as error:
@@ -327,14 +328,13 @@ class Saver:
             raise
         except OSError as error:
             raise SaveFailed(save.name, "its manifest in the store", str(error)) from None
-        self._clear_left_behind()
         if self.retention is not None:
             self.retention.begin(save.name)
 
-    def _clear_left_behind(self) -> None:
-        """All ranks were done with those saves before this one began."""
+    def _clear_left_behind(self, rank: int) -> None:
+        """All ranks were done with those saves before this one began, which may need their room."""
         try:
-            while self._left_behind:
+            while rank == 0 and self._left_behind:
                 _forget(self.store, self._left_behind[-1])
                 self._left_behind.pop()
         except OSError as error:
