@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from small_recipe import SmallRecipe
 
-from cluster.cli import run
 from data_pipeline.errors import UsageError
 from data_pipeline.storage import LocalStore, ObjectStore
 from trainer.checkpoint.inspect import verify_checkpoints
@@ -24,18 +23,6 @@ from trainer.run import prepare_run, train
 
 Values = Callable[..., dict[str, Any]]
 Cli = Callable[..., tuple[int, Any, str]]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command with --json: (exit code, document, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, Any, str]:
-        code = run([*arguments, "--json"])
-        captured = capsys.readouterr()
-        return code, json.loads(captured.out), captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from cluster.cli import run
 from data_pipeline.build import CorpusConfig, build_corpus
 from data_pipeline.config import parse
 from data_pipeline.errors import UserError
@@ -26,18 +25,6 @@ from trainer.run import prepare_run, train
 
 Values = Callable[..., dict[str, Any]]
 Cli = Callable[..., tuple[int, Any, str]]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command with --json: (exit code, document, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, Any, str]:
-        code = run([*arguments, "--json"])
-        captured = capsys.readouterr()
-        return code, json.loads(captured.out), captured.err
-
-    return call
 
 
 def train_here(values: dict[str, Any]) -> list[dict[str, Any]]:
