@@ -20,6 +20,7 @@ from trainer.diffusion.steps import Clip
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveTime = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # What a resume may change: how far, on what, how often - nothing that alters the optimisation or the data. `store` is
 # where the run was found, so it cannot differ from itself; a run that was moved has another.
@@ -80,8 +81,8 @@ class CheckpointSettings(Settings):
     """When to save, and which checkpoints stay. A run also saves when it ends."""
 
     every_images: Positive = 100_000
-    every_minutes: Annotated[float, Field(gt=0)] | None = None  # also when so long has passed, by rank 0's clock
-    deadline_s: Annotated[float, Field(gt=0)] = 900.0  # a save that is not stored by then is given up
+    every_minutes: PositiveTime | None = None  # also when so long has passed, by rank 0's clock
+    deadline_s: PositiveTime = 900.0  # a save that is not stored by then is given up
     # The newest that stay; null: all. The two below keep others besides. Protected ones always stay.
     keep_newest: Positive | None = None
     keep_every_images: Positive | None = None  # the first at or after each multiple

@@ -101,7 +101,7 @@ class TrainingLoop:
             return
         name, manifest = found.name, found.manifest
         if self.saver.retention is not None:
-            self.saver.retention.restored = name
+            self.saver.retention.began_from(name)
         for part, engine in engines.items():
             engine.loaded(manifest.optimizer_steps[part], manifest.loss_scale.get(part, {}))
         if state := self.trainee.recipe.state():
@@ -301,6 +301,7 @@ class TrainingLoop:
         if self.saved != self.position:
             if failed := self.saver.settle():
                 self.say("save-failed", str(failed))
+            self.saver.let_end()
             self.save()
         samples = None if self.stopped else self.sample()
         self.saver.wait()

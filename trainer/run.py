@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction as Rational
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from data_pipeline.manifests import digest_of
 from data_pipeline.mixture import Mixture
 from data_pipeline.shards import Dataset, open_dataset
 from data_pipeline.storage import ObjectStore, open_store
-from trainer.checkpoint.attempts import first_record_key, read_record, take_attempt
+from trainer.checkpoint.attempts import Superseded, first_record_key, read_record, take_attempt
 from trainer.checkpoint.manifest import committed
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import RunIdentity, Saver
@@ -155,8 +155,11 @@ def train(values: dict[str, Any], attempt: int, group: Group, report: Report, ml
         loop.restore()
         try:
             loop.train()
-        except Exception:
-            saver.settle()  # a save that had begun may still commit
+        except Exception as error:
+            if saver.busy:
+                log.error("%s: %s; ends once the save under way has", type(error).__name__, error)
+            with suppress(Superseded):  # what ended the run is to be told, not this
+                saver.settle()  # a save that had begun may still commit
             raise
 
 

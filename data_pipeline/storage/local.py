@@ -77,8 +77,13 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         for path in self._files(prefix):
-            if not path.name.startswith(TEMPORARY):
-                yield ObjectInfo(path.relative_to(self.root).as_posix(), path.stat().st_size)
+            if path.name.startswith(TEMPORARY):
+                continue
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                continue  # deleted meanwhile
+            yield ObjectInfo(path.relative_to(self.root).as_posix(), size)
 
     def delete(self, key: str) -> None:
         path = self._path(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def positions(store: LocalStore) -> list[int]:
 
 
 def unnamed(store: LocalStore) -> set[str]:
-    return {key for key in orphans(store) if not key.startswith("protected/")}
+    return {key for key in orphans(store) if not key.startswith(("protected/", "restored/"))}
 
 
 def test_a_stop_at_any_operation_leaves_whole_checkpoints_and_no_orphan_after_the_sweep(tmp_path: Path) -> None:
@@ -199,9 +200,57 @@ def test_what_a_restart_passed_over_does_not_count_though_its_sizes_are_right(tm
     assert found.name == CheckpointName(56, 1)
     save(store, attempt, 72)
     retention = Retention(store, "test", attempt, CheckpointSettings(keep_newest=2))
-    retention.restored = found.name
+    retention.began_from(found.name)
     retention.after_commit(CheckpointName(72, attempt))
     assert positions(store) == [72, 64, 56, 32, 16]  # of the two newest that are whole, 56 needs 32; 16 is protected
     save(store, attempt, 80)
     retention.after_commit(CheckpointName(80, attempt))
     assert positions(store) == [80, 72, 16] and not unnamed(store)
+
+
+def test_a_checkpoint_that_was_passed_over_never_takes_the_place_of_the_one_made_instead(tmp_path: Path) -> None:
+    """By any later attempt, and by hand while the attempt that passed it over has not saved yet."""
+    store = run_with_a_past(tmp_path)
+    second = take_attempt(store, {"config": {"run": "test"}})
+    Retention(store, "test", second, NEWEST).began_from(CheckpointName(56, 1))  # 64 did not verify
+    assert [row["kept"] for row in prune(store, NEWEST, dry_run=True)] == [True, True, False, True, True]
+    save(store, second, 64)
+    third = take_attempt(store, {"config": {"run": "test"}})
+    rules = CheckpointSettings(keep_newest=1, keep_every_images=64)
+    retention = Retention(store, "test", third, rules)
+    retention.began_from(CheckpointName(64, second))
+    save(store, third, 80)
+    retention.after_commit(CheckpointName(80, third))
+    assert committed(store) == [CheckpointName(80, third), CheckpointName(64, second), CheckpointName(16, 1)]
+
+
+def test_what_is_protected_while_others_are_removed_stays(tmp_path: Path) -> None:
+    store = run_with_a_past(tmp_path)
+    late = CheckpointName(48, 1)
+
+    class Protecting(LocalStore):
+        def delete(self, key: str) -> None:
+            protect(LocalStore(tmp_path), late)
+            super().delete(key)
+
+    Retention(Protecting(tmp_path), "test", 1, NEWEST).after_commit(CheckpointName(64, 1))
+    assert positions(store) == [64, 48, 16]
+
+
+def test_a_commit_during_a_removal_is_looked_at_when_that_has_ended(tmp_path: Path) -> None:
+    store, begun, go_on = run_with_a_past(tmp_path), threading.Event(), threading.Event()
+
+    class Slow(LocalStore):
+        def delete(self, key: str) -> None:
+            begun.set()
+            assert go_on.wait(60)
+            super().delete(key)
+
+    retention = Retention(Slow(tmp_path), "test", 1, NEWEST)
+    retention.begin(CheckpointName(64, 1))
+    assert begun.wait(60)
+    save(store, 1, 80)
+    retention.begin(CheckpointName(80, 1))
+    go_on.set()
+    retention.settle(60)
+    assert positions(store) == [80, 16]

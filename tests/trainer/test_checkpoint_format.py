@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,25 @@ def test_a_part_of_another_length_is_found(length: int, monkeypatch: pytest.Monk
     other = data[:length] if length <= 0 else data + b"\0" * length
     with pytest.raises(CheckpointDamaged):
         list(PartReader(MemoryStore({"part": other}), "part", info).blocks())  # type: ignore[arg-type]
+
+
+def test_a_byte_after_a_part_that_fills_its_last_block_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, chunks = encode_part("part", intervals(state(), shares(1)[0]))
+    monkeypatch.setattr(parts, "BLOCK_BYTES", whole.bytes)
+    info, chunks = encode_part("part", intervals(state(), shares(1)[0]))
+    assert len(info.crc32) == 1
+    with pytest.raises(CheckpointDamaged, match=f"expected {info.bytes} bytes, found more"):
+        list(PartReader(MemoryStore({"part": b"".join(chunks) + b"!"}), "part", info).blocks())  # type: ignore[arg-type]
+
+
+def test_a_part_that_the_disk_cannot_read_is_damage_and_not_the_end() -> None:
+    class BadSector(MemoryStore):
+        def get_range(self, key: str, start: int, length: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error", key)
+
+    info, _ = encode_part("part", intervals(state(), shares(1)[0]))
+    with pytest.raises(CheckpointDamaged, match="block 0: expected bytes that can be read"):
+        PartReader(BadSector({}), "part", info).read(0, 1)  # type: ignore[arg-type]
 
 
 def test_one_flipped_bit_anywhere_in_a_manifest_is_found(tmp_path: Path) -> None:

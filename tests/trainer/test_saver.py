@@ -223,9 +223,45 @@ def test_a_request_that_never_ends_is_reported_and_its_snapshot_is_left_alone(
     assert run.poll() is None and run.busy and run.failures == 1
     with pytest.raises(SaveFailed, match="under way"):
         begin(run, 32)
-    gate.open.set()
-    run.settle()
+    threading.Timer(0.05, gate.open.set).start()
+    run.let_end()  # what the end of a run does before its own save
     assert not run.busy and run.failures == 1
+    begin(run, 32)
+    run.wait()
+    assert restored_position(store) == 32
+
+
+@pytest.mark.parametrize("error", [SaveFailed(CheckpointName(16, 1), "a", "b"), Superseded("run", "a", "b", "c")])
+def test_an_error_that_comes_while_one_looks_is_heard(tmp_path: Path, error: SaveFailed | Superseded) -> None:
+    class EndsMeanwhile(threading.Thread):
+        def is_alive(self) -> bool:
+            pending.error = error
+            return False
+
+    run = saver(LocalStore(tmp_path))
+    pending = run._save = save_module._Save(CheckpointName(16, 1), save_module.Deadline(60), EndsMeanwhile())
+    if isinstance(error, Superseded):
+        with pytest.raises(Superseded):
+            run.poll()
+    else:
+        assert run.poll() is error and run.failures == 1
+    assert not run.busy
+
+
+def test_what_a_save_left_that_could_not_ask_for_newer_attempts_is_cleared_away(tmp_path: Path) -> None:
+    def faults(operation: str, key: str) -> None:
+        if operation == "list" and key == "attempts/" and away:
+            raise StoreError(key, "no answer")
+
+    away, store = True, UnreliableStore(tmp_path, faults)
+    run = saver(store, deadline_s=0.2)
+    begin(run, 16)
+    assert "to be told of newer attempts" in str(run.settle())
+    assert any(tmp_path.rglob("part-*"))
+    away, run.deadline_s = False, 60.0
+    begin(run, 32)
+    run.wait()
+    assert {path.parent.parent.name for path in tmp_path.rglob("*") if path.is_file()} == {"images-000000032"}
 
 
 def test_a_manifest_whose_answer_was_lost_is_a_success(tmp_path: Path) -> None:

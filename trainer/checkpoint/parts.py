@@ -7,6 +7,7 @@ returns only bytes whose blocks were checked. Called by save.py, load.py and ver
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -191,6 +192,8 @@ class PartReader:
         at_once = max(1, REQUEST_BYTES // self._info.block_bytes)
         for first in range(0, len(self._info.crc32), at_once):
             yield self.read(first, min(first + at_once, len(self._info.crc32)))
+        if self._store.get_range(self._key, self._info.bytes, 1):
+            raise CheckpointDamaged(self._info.file, f"{self._info.bytes} bytes", "more")
 
     def read(self, first: int, end: int) -> bytes:
         """Blocks [first, end), checked. Raises CheckpointDamaged, which names the first that is not as it was."""
@@ -199,6 +202,10 @@ class PartReader:
             data = self._store.get_range(self._key, first * size, (end - first) * size)
         except ObjectNotFound:
             raise CheckpointDamaged(self._info.file, f"{self._info.bytes} bytes", "no such part") from None
+        except OSError as error:
+            if error.errno != errno.EIO:  # a disk that cannot read its own sectors any more
+                raise
+            raise CheckpointDamaged(f"{self._info.file} block {first}", "bytes that can be read", str(error)) from None
         for index in range(first, end):
             block = memoryview(data)[(index - first) * size : (index - first + 1) * size]
             expected = min(size, self._info.bytes - index * size)

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from data_pipeline.config import parse
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 PROTECTED = "protected/"
 _MARK = re.compile(r"protected/images-(\d{9,})-attempt-(\d+)")
+RESTORED = "restored/"
+_RESTORED = re.compile(r"restored/(\d{5,})-images-(\d{9,})-attempt-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def survey(
 ) -> list[Known]:
     """What is known of every committed checkpoint of `run`. `sizes`: `part_sizes(store)`; `read`: of the manifests that
     were read before, which never change; it is brought up to date."""
-    names = names_in(sizes)
+    names, began = names_in(sizes), beginnings(store)
     for gone in read.keys() - set(names):
         del read[gone]
     found = []
@@ -142,17 +144,38 @@ def survey(
         except (CheckpointDamaged, OtherFormat):
             found.append(Known(name, readable=False, whole=False))
             continue
-        whole = all(sizes.get(key) == size for key, size in facts.parts)
+        whole = all(sizes.get(key) == size for key, size in facts.parts) and not passed_over(name, began)
         found.append(Known(name, True, whole, facts.figures, facts.refers_to))
     return found
 
 
-def delete_checkpoint(store: ObjectStore, name: CheckpointName, keys: Iterable[str]) -> None:
-    """Remove the manifest, then whatever of `keys` lies in its folder."""
+def record_beginning(store: ObjectStore, attempt: int, name: CheckpointName) -> None:
+    """Say from which checkpoint `attempt` goes on, for those who ask which ones it passed over."""
+    key = f"{RESTORED}{attempt:05d}-images-{name.position:09d}-attempt-{name.attempt}"
+    store.put_if_absent(key, canonical_json({"attempt": attempt, "checkpoint": str(name)}))
+
+
+def beginnings(store: ObjectStore) -> list[tuple[int, CheckpointName]]:
+    """(attempt, the checkpoint that it went on from) of each attempt that did."""
+    found = (_RESTORED.fullmatch(info.key) for info in store.list(RESTORED))
+    return [(int(one[1]), CheckpointName(int(one[2]), int(one[3]))) for one in found if one]
+
+
+def passed_over(name: CheckpointName, began: Iterable[tuple[int, CheckpointName]]) -> bool:
+    """Whether a later attempt went on from an older checkpoint than this one: then it did not verify when it was read,
+    whatever its sizes say."""
+    return any(name.attempt < attempt and name > restored for attempt, restored in began)
+
+
+def delete_checkpoint(store: ObjectStore, name: CheckpointName, keys: Iterable[str]) -> bool:
+    """Remove the manifest, then whatever of `keys` lies in its folder; unless it was protected meanwhile."""
+    if store.exists(_mark(name)):
+        return False
     store.delete(name.manifest_key)
     for key in keys:
         if name_of_key(key) == name:
             store.delete(key)
+    return True
 
 
 class Retention:
@@ -162,21 +185,43 @@ class Retention:
         self.store, self.run, self.attempt, self.settings = store, run, attempt, settings
         self.failures = 0  # commits after which not all could be removed that should have been
         self.deleted = 0  # checkpoints
-        self.restored: CheckpointName | None = None  # what this attempt began from
         self._read: dict[CheckpointName, Facts] = {}
         self._half_removed = False
+        self._lock = threading.Lock()  # for the next two
+        self._due: CheckpointName | None = None  # the newest commit that was not looked at yet
+        self._at_work = False
         self._thread: threading.Thread | None = None
 
+    def began_from(self, name: CheckpointName) -> None:
+        """`record_beginning` of this attempt. Never raises what a store does: the run goes on all the same."""
+        try:
+            record_beginning(self.store, self.attempt, name)
+        except OSError as error:
+            log.warning("not recorded that attempt %d goes on from %s: %s", self.attempt, name, error)
+
     def begin(self, name: CheckpointName) -> None:
-        """`after_commit`, in a thread: neither training nor the next save waits for it. One that is still at work does
-        what it can; the rest is the next commit's."""
-        if self.settings.keep_newest is None or (self._thread is not None and self._thread.is_alive()):
+        """`after_commit`, in a thread: neither training nor the next save waits for it."""
+        if self.settings.keep_newest is None:
             return
-        self._thread = threading.Thread(target=self.after_commit, args=(name,), name="retention", daemon=True)
+        with self._lock:
+            self._due = name
+            if self._at_work:
+                return  # it comes to this one too
+            self._at_work = True
+        self._thread = threading.Thread(target=self._work, name="retention", daemon=True)
         self._thread.start()
 
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                name, self._due = self._due, None
+                self._at_work = name is not None
+            if name is None:
+                return
+            self.after_commit(name)
+
     def settle(self, timeout_s: float) -> None:
-        """Let the removal that is under way end. What it has not done by then, the next attempt's sweep does."""
+        """Let the removal that is under way end. What it has not done by then, another attempt's commit does."""
         if self._thread is not None:
             self._thread.join(timeout_s)
 
@@ -199,18 +244,12 @@ class Retention:
 
     def _prune(self) -> None:
         sizes = part_sizes(self.store)
-        checkpoints = [self._as_read(one) for one in survey(self.store, self.run, sizes, self._read)]
+        checkpoints = survey(self.store, self.run, sizes, self._read)
         stay = staying(checkpoints, self.settings, protected(self.store))
         for name in to_delete(checkpoints, stay):
-            delete_checkpoint(self.store, name, sizes)
-            self.deleted += 1
-            log.info("checkpoint %s removed, as checkpoint.keep_newest=%s says", name, self.settings.keep_newest)
-
-    def _as_read(self, one: Known) -> Known:
-        """Whatever earlier attempts committed after the checkpoint that this one began from did not verify when it was
-        read, whatever its sizes say."""
-        passed_over = self.restored is not None and one.name > self.restored and one.name.attempt < self.attempt
-        return replace(one, whole=one.whole and not passed_over)
+            if delete_checkpoint(self.store, name, sizes):
+                self.deleted += 1
+                log.info("checkpoint %s removed, as checkpoint.keep_newest=%s says", name, self.settings.keep_newest)
 
 
 def to_delete(checkpoints: Collection[Known], stay: Mapping[CheckpointName, str]) -> Sequence[CheckpointName]:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEADLINE_S = 900.0
-GRACE_S = 60.0  # after the deadline, for the request under way to lose its own patience
+GRACE_S = 200.0  # after the deadline, for the requests under way to lose their own patience, the store's to abort too
 LONGEST_PAUSE_S = 10.0  # between tries
 RECEIPT_POLL_S = 0.05
 LONGEST_POLL_S = 1.0
@@ -143,7 +143,10 @@ def commit(
     deadline = Deadline(deadline_s)
     name = CheckpointName(position, identity.attempt)
     parts = tuple(_await_receipt(store, name, rank, deadline) for rank in range(identity.world_size))
-    newest = insist(name, lambda: newest_attempt(store), deadline)
+    try:
+        newest = insist(name, lambda: newest_attempt(store), deadline)
+    except OSError as error:
+        raise SaveFailed(name, "to be told of newer attempts", str(error)) from None
     if newest > identity.attempt:
         raise Superseded(
             f"run {identity.run}, attempt {identity.attempt}",
@@ -274,9 +277,9 @@ class Saver:
         save = self._save
         if save is None:
             return None
-        failed = save.error
-        if not save.thread.is_alive():
-            self._save = None
+        failed = None
+        if not save.thread.is_alive():  # asked first: what the thread sets, it has set by now
+            failed, self._save = save.error, None
             if isinstance(failed, Superseded):
                 raise failed
         elif save.deadline.left_s() < -GRACE_S:
@@ -294,6 +297,12 @@ class Saver:
         if self._save is not None:
             self._save.thread.join(max(self._save.deadline.left_s() + GRACE_S, 0.0) + RECEIPT_POLL_S)
         return self.poll()
+
+    def let_end(self) -> None:
+        """Before a save that cannot be put off: one that was given up may take as long again to end."""
+        if self._save is not None:
+            self._save.thread.join(self.deadline_s)
+            self.poll()
 
     def wait(self) -> None:
         """`settle`, for a caller that cannot do without this save. Raises SaveFailed, Superseded."""
