@@ -11,7 +11,7 @@ test: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --durations=10 -m "not drill" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q --durations=10 -m "not drill" -n 2 --dist loadfile
 
 # What kills, waits or sweeps, in full; CI takes a short sample of it.
 drills: .venv/test-installed

@@ -34,16 +34,6 @@ TINY_MODEL = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` runs in two processes. A file stays in one of them, for its fixtures; and all that needs the stack
-    stays in one, so that it is started once."""
-    for item in items:
-        # A fixture that is chosen by a parameter stands in the test's name only.
-        needs_stack = "stack" in getattr(item, "fixturenames", ()) or "swift" in item.name
-        item.add_marker(pytest.mark.xdist_group("stack" if needs_stack else item.path.name))
-
-
 @pytest.fixture(autouse=True)
 def state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test writes into the working folder."""

@@ -49,7 +49,8 @@ def ask(link: FaultyLink) -> int:
         connection.request("PUT", "/", BODY)
         answer = connection.getresponse()
         body = answer.read()
-        assert answer.status != 200 or body == BODY
+        if answer.status == 200 and body != BODY:  # cut in the headers, there may be no length to miss
+            raise http.client.IncompleteRead(body)
         return answer.status
     finally:
         connection.close()

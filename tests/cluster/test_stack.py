@@ -248,7 +248,7 @@ def test_everything_listens_on_loopback_only_while_a_job_runs(stack: Any, job: s
         with suppress(psutil.NoSuchProcess):  # Ray runs small programs now and then
             process = psutil.Process(row.pid)
             listening += [
-                (" ".join(process.cmdline())[:80], connection.laddr.ip)
+                (" ".join(process.cmdline()), connection.laddr.ip)
                 for connection in process.net_connections("inet")
                 if connection.status == psutil.CONN_LISTEN
             ]
