@@ -22,7 +22,9 @@ def drill(
     faults: Annotated[
         int | None, typer.Option(min=1, help="How many: kills, points, corruptions or resumes. By default all.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Dataset URI; by default a small one is made.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Dataset URI; by default a small one is made, for R4 and R6's cache in any case.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the runs.")] = "fp32",
     outage_s: Annotated[float, typer.Option(min=1, help="Of R4: the outage; other faults last a quarter of it.")] = 60,
     as_json: Json = False,

@@ -77,8 +77,9 @@ def run(scratch: Scratch) -> Score:
                 failures += broken
                 scratch.tell(f"{protocol.name} in a {place.name}: {points} points, {len(broken)} broken promises")
     faults = sum(points for points in figures.values() if isinstance(points, int))
-    unreadable = sum("unreadable" in failure for failure in failures)
-    return Score(faults, figures | {"unreadable": unreadable, "orphans": len(failures) - unreadable}, failures)
+    unreadable = sum("unreadable: " in failure for failure in failures)
+    orphans = sum("left over: " in failure for failure in failures)
+    return Score(faults, figures | {"unreadable": unreadable, "orphans": orphans}, failures)
 
 
 def stop_everywhere(protocol: Protocol, place: Place, at_most: int | None = None) -> tuple[int, list[str]]:
@@ -139,8 +140,9 @@ def checkpoint_protocol() -> Protocol:
 
 
 def check_checkpoints(store: ObjectStore) -> Iterator[str]:
-    if restored_position(store) not in (16, 32):
-        yield "unreadable: no whole checkpoint"
+    newest = next(iter(committed(store)), None)
+    if newest is None or restored_position(store) != newest.position:
+        yield f"unreadable: what is restored is not the newest committed checkpoint, {newest}"
     yield from (f"unreadable: {bad['part']}: found {bad['found']}" for bad in verify_checkpoints(store.uri))
     attempt = take_attempt(store, {"config": {"run": "drill"}})
     sweep(store, attempt)

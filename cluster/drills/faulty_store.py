@@ -7,6 +7,7 @@ cache, so that each of its batches is a read through them, and it begins with a 
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -40,6 +41,8 @@ from trainer.checkpoint.manifest import committed
 from trainer.config import TrainConfig
 from trainer.tracking.jsonl import read_events
 
+log = logging.getLogger(__name__)
+
 # Name -> what is set on the link meanwhile, and the count that tells of it.
 PHASES: dict[str, tuple[dict[str, Any], str]] = {
     "503": ({"busy_share": 0.3}, "busy"),
@@ -61,7 +64,8 @@ READ_IMAGES = 20 * BATCH
 
 def run(scratch: Scratch) -> Score:
     with s3_server(scratch.folder / "s3-faulty", scratch.tell) as server, environment(server.environment):
-        dataset = scratch.wishes.dataset or build_dataset(scratch.folder / "corpus-s3", server.uri("dataset"))
+        # Its own, whatever dataset is wished for: only what lies in this server is read through the link.
+        dataset = build_dataset(scratch.folder / "corpus-s3", server.uri("dataset"))
         saves = saves_through_faults(scratch, server, dataset)
         reads = reads_through_faults(scratch, server, dataset)
     figures = {"saves": saves.figures, "reads": reads.figures}
@@ -88,13 +92,16 @@ def saves_through_faults(scratch: Scratch, server: S3Server, dataset: str) -> Sc
     failures += [f"the save at {position} began after the store was back, and is lost" for position in late]
     done = sorted(name.position for name in committed(open_store(server.uri("saves"))))
     failures += [f"{bad['part']}: found {bad['found']}" for bad in verify_checkpoints(server.uri("saves"))]
+    saved_after = sum(position > script.healed_at for position in done)
+    if saved_after < SAVES_AFTER:
+        failures.append(f"{saved_after} saves committed after the faults, expected at least {SAVES_AFTER}")
     if done[-1:] != [script.position]:
         failures.append(f"the newest checkpoint is at {done[-1:]}, the run ended at {script.position}")
     figures = {
         "deaths": sum(failure.startswith("died") for failure in failures),
         "images": script.position,
         "checkpoints_kept": len(done),
-        "of_them_saved_after_the_faults": sum(position > script.healed_at for position in done),
+        "of_them_saved_after_the_faults": saved_after,
         "saves_lost_in_the_faults": len(begun) - len(late),
         "saves_lost_after_them": len(late),
         "steps_by_phase": script.steps,
@@ -124,10 +131,13 @@ def reads_through_faults(scratch: Scratch, server: S3Server, dataset: str) -> Sc
     wrong = sum(ids.get(position) != batch for position, batch in expected.items())
     if wrong:
         failures.append(f"{wrong} of {len(expected)} batches hold other samples")
-    scratch.tell(f"read {len(ids)} batches through {sum(faults_of(link).values())} faults")
+    faults = sum(faults_of(link).values())
+    if not faults:
+        failures.append("no read met a fault")
+    scratch.tell(f"read {len(ids)} batches through {faults} faults")
     deaths = sum(failure.startswith("died") for failure in failures)
     figures = {"deaths": deaths, "batches": len(ids), "batches_with_other_samples": wrong, "faults": faults_of(link)}
-    return Score(sum(faults_of(link).values()), figures, failures)
+    return Score(faults, figures, failures)
 
 
 @contextmanager
@@ -157,7 +167,8 @@ class Script:
         self._stepped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.over = threading.Event()
-        self.position = self.healed_at = 0
+        self.position = 0
+        self.healed_at = ENDLESS  # until then no save counts as one after the faults
         self.steps: dict[str, int] = {}
         self.failures: list[str] = []
 
@@ -179,6 +190,9 @@ class Script:
             self._play()
         except OSError as error:
             self.failures.append(f"the store does not answer after the faults: {error}")
+        except Exception as error:  # else it would end with this thread, unheard
+            log.exception("the script of the faults")
+            self.failures.append(f"the script of the faults ended by {type(error).__name__}: {error}")
         finally:
             self.over.set()  # nobody else would end the run
 

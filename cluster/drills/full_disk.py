@@ -36,7 +36,7 @@ from cluster.faults import fill_disk, make_room, on_small_disk, why_no_small_dis
 from cluster.launch import Event
 from cluster.training import train_run
 from data_pipeline.errors import UserError
-from data_pipeline.shards import dataset_ids
+from data_pipeline.shards import dataset_ids, open_dataset
 from data_pipeline.storage import open_store
 from trainer.checkpoint.inspect import verify_checkpoints
 from trainer.checkpoint.manifest import committed
@@ -145,10 +145,18 @@ def cache_case(scratch: Scratch, mount: Path) -> Result:
     wrong = sum(consumed_ids(config).get(position) != batch for position, batch in expected.items())
     failures = [f"{wrong} batches hold other samples"] if wrong else []
     failures += [f"died and went on: {line['text']}" for line in resumes(config)]
-    cached = [path.name for path in (mount / "cache").iterdir()]
-    if cached:
+    if cached := files_in(mount / "cache"):
         failures.append(f"the full disk holds {cached}")
+    make_room(mount)
+    with environment({"GLIDEPATH_HOME": str(mount)}):  # with room a shard comes to lie here, so this is the cache
+        name = open_dataset(scratch.dataset).fetch("base", 0)
+    if (cached := files_in(mount / "cache")) != [name]:
+        failures.append(f"with room the cache holds {cached} instead of {name}")
     return {"deaths": 0, "batches": len(expected), "batches_with_other_samples": wrong}, failures
+
+
+def files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 def builder_case(scratch: Scratch, mount: Path) -> Result:

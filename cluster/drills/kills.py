@@ -1,5 +1,5 @@
-"""R1 and R2: SIGKILL random workers at random moments: each start goes on from the newest committed checkpoint, and in
-the end no bit differs from a run that nobody killed.
+"""R1 and R2: SIGKILL random workers at random moments: each start that trains goes on from the newest committed
+checkpoint, and in the end no bit differs from a run that nobody killed.
 
 One campaign serves both drills. A run that ends before it was killed is followed by another, until so many kills hit.
 """
@@ -13,7 +13,7 @@ import signal
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from cluster.drills.scoreboard import Score
@@ -33,11 +33,13 @@ STEP_S = 0.3
 
 @dataclass
 class Campaign:
-    """What happened. `expected`: (run, attempt) -> the newest checkpoint when that attempt started."""
+    """What happened. `expected`: (run, attempt) -> the newest checkpoint when that attempt started; `trained`: those
+    that made a step or came to their end."""
 
     kills: int = 0
     runs: list[TrainConfig] = field(default_factory=list)  # those that came to their end
     expected: dict[tuple[str, int], CheckpointName | None] = field(default_factory=dict)
+    trained: set[tuple[str, int]] = field(default_factory=set)
     resumed: list[tuple[str, int, str]] = field(default_factory=list)  # run, attempt, what its log says
     failures: list[str] = field(default_factory=list)
 
@@ -50,14 +52,17 @@ def resume_drill(scratch: Scratch) -> Score:
         newest = campaign.expected[run, attempt]
         if not text.startswith(f"from {newest},"):
             wrong.append(f"{run}, attempt {attempt}: {text}; the newest was {newest}")
-    starts = sum(newest is not None for newest in campaign.expected.values())
+    starts = {start: newest for start, newest in campaign.expected.items() if newest is not None}
+    told = {(run, attempt) for run, attempt, _ in campaign.resumed}
+    silent = [start for start in starts if start in campaign.trained and start not in told]
+    lost = [f"{run}, attempt {number}: trained without going on from {starts[run, number]}" for run, number in silent]
     figures = {
         "kills": campaign.kills,
-        "starts_with_a_checkpoint": starts,
-        "killed_before_they_had_read_it": starts - len(campaign.resumed),
-        "resumed_from_the_newest": len(campaign.resumed) - len(wrong),
+        "starts_with_a_checkpoint": len(starts),
+        "killed_before_they_had_read_it": len(starts) - len(told) - len(silent),
+        "resumed_from_the_newest": len(told) - len(wrong),
     }
-    return Score(campaign.kills, figures, [*campaign.failures, *wrong])
+    return Score(campaign.kills, figures, [*campaign.failures, *wrong, *lost])
 
 
 def equality_drill(scratch: Scratch) -> Score:
@@ -100,20 +105,31 @@ def kill_workers(scratch: Scratch) -> Campaign:
             campaign.expected[config.run, attempt] = newest(config)
             murder = Murder(chance) if campaign.kills < kills else None
             try:
-                scratch.train(config, murder or (lambda event: None))
+                scratch.train(config, partial(watch, campaign, (config.run, attempt), murder))
+                campaign.trained.add((config.run, attempt))
                 ended = True
             except WorkerDied as death:
                 if murder is None or not murder.done:
-                    raise
+                    # Kept with the campaign: the other drill would begin it again over these stores.
+                    campaign.failures.append(f"{config.run}, attempt {attempt}: died, killed by nobody: {death}")
+                    return campaign
                 campaign.kills += 1
                 scratch.tell(f"kill {campaign.kills} of {kills}: {config.run}, attempt {attempt}: {death.name}")
                 campaign.failures += [f"after kill {campaign.kills}: {bad}" for bad in damages(config)]
             finally:
                 if murder:
                     murder.give_up()
+                mine = (line["text"] for line in resumes(config) if line["attempt"] == attempt)
+                campaign.resumed += [(config.run, attempt, text) for text in mine]
         campaign.runs.append(config)
-        campaign.resumed += [(config.run, line["attempt"], line["text"]) for line in resumes(config)]
     return campaign
+
+
+def watch(campaign: Campaign, start: tuple[str, int], murder: Murder | None, event: Event) -> None:
+    if event["event"] == "progress":
+        campaign.trained.add(start)
+    if murder:
+        murder(event)
 
 
 class Murder:

@@ -1,13 +1,17 @@
 """The result of a drill, and how several are run one after the other and shown.
 
-Always holds: a drill that could not run here has not passed, and says why. Called by the command line.
+Always holds: a drill that could not run here, or ended with an error, has not passed, says why, and keeps no other from
+running. Called by the command line.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ def run_all(drills: Mapping[str, Callable[[], Score]]) -> Iterator[Row]:
             score = drill()
         except CannotRun as reason:
             yield Row(name, 0, False, {"cannot_run": str(reason)}, (f"cannot run here: {reason}",))
+        except Exception as error:  # whatever it is, it must not cost the rows of the other drills
+            log.exception("drill %s", name)
+            yield Row(name, 0, False, {}, (f"ended by {type(error).__name__}: {error}",))
         else:
             yield Row(name, score.faults, not score.failures, score.figures, tuple(score.failures))
 

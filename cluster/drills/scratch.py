@@ -97,12 +97,15 @@ class Scratch:
 @contextmanager
 def scratch(wishes: Wishes, tell: Callable[[str], None]) -> Iterator[Scratch]:
     """A scratch folder; meanwhile this process's environment leads nowhere else."""
-    elsewhere = dict.fromkeys(("MLFLOW_TRACKING_URI", "RAY_ADDRESS"))
+    elsewhere = dict.fromkeys(("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "GLIDEPATH_CACHE_BYTES"))
     with (
-        tempfile.TemporaryDirectory(prefix="glidepath-drill-") as folder,
+        # What cannot be removed must not cost the scoreboard.
+        tempfile.TemporaryDirectory(prefix="glidepath-drill-", ignore_cleanup_errors=True) as folder,
         environment({"GLIDEPATH_HOME": f"{folder}/home", **elsewhere}),
     ):
         yield Scratch(Path(folder), wishes, tell)
+    if Path(folder).exists():
+        tell(f"{folder} could not be removed; remove it by hand")
 
 
 @contextmanager

@@ -188,7 +188,11 @@ def test_a_job_ends_for_submit_as_it_ended_there() -> None:
         (UsageError("a", "b", "c", "d"), UsageError, "a: expected b, found c; d"),
         (UserError("a", "b", "c", "d"), UserError, "a: expected b, found c; d"),
         (StoreError("s3://b/run/x", "no answer"), UserError, "found FAILED: s3://b/run/x: no answer; see its log"),
-        (OSError(28, "No space left", "/runs/x"), UserError, "/runs/x: No space left; make room, and the same command goes"),
+        (
+            OSError(28, "No space left", "/runs/x"),
+            UserError,
+            "/runs/x: No space left; make room, and the same command goes",
+        ),
     ],
 )
 def test_an_error_in_a_job_reaches_submit_as_what_it_was(
