@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 2  # one waits for the network while the other checks and writes
 ROWS_AT_ONCE = 4096  # positions looked up together
+HORIZON = 1000  # global batches beyond the reader: looking further would only compete with it for Python's lock
 
 Shard = tuple[str, int]  # family, index
 
@@ -50,22 +51,31 @@ class Ahead:
     """Fetches for one rank while it is entered; `reached` tells it how far the reader is."""
 
     def __init__(
-        self, dataset: Dataset, needs: Iterator[tuple[int, list[Shard]]], cache: Cache, limit_bytes: int
+        self,
+        dataset: Dataset,
+        needs: Iterator[tuple[int, list[Shard]]],
+        cache: Cache,
+        limit_bytes: int,
+        position: int,
+        horizon: int,
     ) -> None:
         """`needs` as `shards_needed` gives them. `limit_bytes`: at most half of the cache, for all ranks together.
+        `position`: where the reader begins. `horizon`: how many positions beyond the reader it looks.
 
         Half, because what was opened after a shard that is still needed is needed too, or was when that one came: at
         most twice the limit. So the cache, which drops what was opened longest ago, keeps it.
         """
         self.dataset, self.cache, self.limit_bytes = dataset, cache, limit_bytes
+        self.horizon = horizon
         self._needs = needs
         self._due: deque[tuple[int, Shard]] = deque()  # (start of the batch, shard): to be fetched when there is room
         self._until: dict[Shard, int] = {}  # shards that were fetched, or are: start of the last batch known to need it
         self._names: dict[Shard, str] = {}  # in the cache
-        self._bytes, self._let_go_at = 0, 0  # of _until; the position of the last _let_go
+        self._bytes = 0  # of _until
+        self._looked_at = self._let_go_at = position  # the last batch taken from _needs; where _let_go was called last
         self._planning = threading.Lock()  # for all of the above; a reader never waits for it
         self._moved = threading.Condition()
-        self._position, self._ended = 0, False
+        self._position, self._ended = position, False
         self._threads = [threading.Thread(target=self._run, name="ahead", daemon=True) for _ in range(THREADS)]
 
     def __enter__(self) -> Ahead:
@@ -100,36 +110,50 @@ class Ahead:
         except (UserError, OSError) as error:
             log.warning("%s; not fetched ahead, its reader will ask again", error)
         else:
-            if name is not None and shard in self._until:
-                self._names[shard] = name
+            with self._planning:
+                if name is not None and shard in self._until:
+                    self._names[shard] = name
 
     def _next(self) -> Shard | None:
         """The next shard to fetch, as soon as there is room for it; None at the end."""
-        with self._planning:
-            while not self._ended:
+        while not self._ended:
+            with self._planning:
                 position = self._position
-                if position != self._let_go_at:
-                    self._let_go(position)
-                if not self._due and self._look_further():
-                    continue
-                if self._due and self._bytes + self._size(self._due[0][1]) <= self.limit_bytes:
-                    start, shard = self._due.popleft()
-                    if start >= position:  # else it was overtaken
-                        self._until[shard] = start
-                        self._bytes += self._size(shard)
-                        return shard
-                    continue
-                with self._moved:
-                    while not self._ended and self._position == position:
-                        self._moved.wait()
+                shard = self._plan(position)
+            if shard is not None:
+                return shard
+            with self._moved:
+                while not self._ended and self._position == position:
+                    self._moved.wait()
         return None
 
-    def _look_further(self) -> bool:
-        """Take in what one more batch needs; False if there is no such batch."""
-        found = next(self._needs, None)
+    def _plan(self, position: int) -> Shard | None:
+        """The next shard to fetch, if there is one and room for it while the reader is at `position`."""
+        if position != self._let_go_at:
+            self._let_go(position)
+        while not self._ended:
+            if not self._due:
+                if not self._look_further(position):
+                    return None
+                continue
+            start, shard = self._due[0]
+            size = self._size(shard)
+            if self._bytes + size > self.limit_bytes:
+                return None
+            self._due.popleft()
+            if start >= position:  # else it was overtaken
+                self._until[shard] = start
+                self._bytes += size
+                return shard
+        return None
+
+    def _look_further(self, position: int) -> bool:
+        """Take in what one more batch needs; False if there is no such batch within the horizon."""
+        found = next(self._needs, None) if self._looked_at < position + self.horizon else None
         if found is None:
             return False
         start, shards = found
+        self._looked_at = start
         if (needed := sum(map(self._size, shards))) > self.limit_bytes:
             log.warning(
                 "dataset %s: a batch needs %d bytes of shards, its share of the cache is %d (GLIDEPATH_CACHE_BYTES / 2 "
@@ -152,7 +176,7 @@ class Ahead:
             del self._until[shard]
             self._names.pop(shard, None)
             self._bytes -= self._size(shard)
-        for name in self._names.copy().values():
+        for name in self._names.values():
             self.cache.touch(name)
         self._let_go_at = position
 

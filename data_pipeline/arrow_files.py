@@ -255,7 +255,12 @@ class ArrowReader:
     def _fetch(self, index: int) -> bytes:
         place = self.description.batches[index]
         message = self._get(place.offset, place.length)
-        self._check(index, message)
+        try:
+            self._check(index, message)
+        except ShardDamaged as damage:
+            log.warning("%s as it arrived; reading it from the store once more", damage)
+            message = self._get(place.offset, place.length)
+            self._check(index, message)
         return message
 
     def _get(self, start: int, length: int) -> bytes:

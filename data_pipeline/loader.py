@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from data_pipeline.ahead import Ahead, shards_needed
+from data_pipeline.ahead import HORIZON, Ahead, shards_needed
 from data_pipeline.config import Settings
 from data_pipeline.draws import Draws
 from data_pipeline.families import KNOWN_FAMILIES
@@ -162,7 +162,9 @@ class Loader:
         families = list(dict.fromkeys(column.family for column in self.columns))
         needs = shards_needed(self.order, (begin, max(end, begin + 1)), families, position, until)
         cache = machine_cache()
-        return Ahead(self.dataset, needs, cache, cache.limit_bytes // 2 // self.ranks_here)
+        share = cache.limit_bytes // 2 // self.ranks_here
+        self.dataset.shard.limit_bytes = share
+        return Ahead(self.dataset, needs, cache, share, position, HORIZON * self.order.batch)
 
     def _micro_batch(self, start: int, begin: int, end: int) -> MicroBatch:
         positions = np.arange(start + begin, start + end, dtype=np.int64)

@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -27,9 +26,10 @@ from data_pipeline.arrow_files import ArrowFile
 from data_pipeline.draws import key64
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifests import Document, digest_of
+from data_pipeline.open_shards import OpenShards
 from data_pipeline.order import ALGORITHM, Located, OrderState, SampleOrder
 from data_pipeline.shard_reader import ShardReader
-from data_pipeline.shards import OPEN_SHARDS, Dataset
+from data_pipeline.shards import Dataset
 
 MIXED = f"mixture-1 of {ALGORITHM}"
 LONGEST_PATTERN = 100_000  # places: worked out when a run starts, in a quarter of a second
@@ -63,7 +63,7 @@ class Mixture(Dataset):
         self.first_shards = np.cumsum([0, *(len(dataset.shard_rows) for dataset in self.datasets)])
         self.cached = True
         self._families = {}
-        self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self.shard = OpenShards(self._open_shard)  # the only readers that are kept: the datasets open each anew
 
     @property
     def uri(self) -> str:

@@ -29,6 +29,7 @@ from data_pipeline.arrow_files import (
 from data_pipeline.errors import UserError
 from data_pipeline.families import KNOWN_FAMILIES, Family
 from data_pipeline.manifests import Document
+from data_pipeline.open_shards import OPEN_SHARDS, OpenShards
 from data_pipeline.order import SampleOrder
 from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shard_table import ShardTable, shard_name
@@ -38,7 +39,6 @@ from data_pipeline.tokenizer import TOKENIZER_SHA256
 __all__ = ["Bad", "Dataset", "ShardDamaged", "ShardReader", "open_dataset", "verify_dataset"]
 
 FORMAT = "glidepath-dataset-2"
-OPEN_SHARDS = 512  # a lane reads up to five at a time, and one process may have 64 lanes
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class Dataset:
         self.manifest = manifest | {"shard_rows": self.shard_rows}
         self._families: dict[str, Document] = {}
         self.cached = True  # False: of a distant store, shards that are opened from now on are read batch by batch
-        # Readers are kept, so that a batch is checked once and not at every use. Bounded: each holds a mapped file.
-        self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self.shard = OpenShards(self._open_shard)
         # Of shards fetched ahead too, so that opening one that lies in the cache asks the store nothing.
         self._described = lru_cache(maxsize=4 * OPEN_SHARDS)(self.shard_file)
 

@@ -48,7 +48,16 @@ class Cache:
         `size_bytes` together.
         """
         assert NAME.fullmatch(name), name
-        path = self.folder / name
+        try:
+            return self._open(self.folder / name, size_bytes, pieces, opener)
+        except OSError as error:  # of the content, or of the entry in a folder
+            if error.errno not in NO_ROOM:
+                raise
+            raise CacheFull(f"no space left in {self.folder}") from None
+
+    def _open(
+        self, path: Path, size_bytes: int, pieces: Callable[[], Iterable[bytes]], opener: Callable[[Path], T]
+    ) -> T:
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             with self._folder_lock(fcntl.LOCK_SH):
@@ -76,18 +85,13 @@ class Cache:
 
     def _fill(self, file: IO[bytes], size_bytes: int, pieces: Iterable[bytes]) -> None:
         filled = 0
-        try:
-            self._reserve(file, size_bytes)
-            for piece in pieces:
-                filled += len(piece)
-                if filled > size_bytes:
-                    break
-                file.write(piece)
-            file.flush()
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            raise CacheFull(f"no space left in {self.folder}") from None
+        self._reserve(file, size_bytes)
+        for piece in pieces:
+            filled += len(piece)
+            if filled > size_bytes:
+                break
+            file.write(piece)
+        file.flush()
         if filled != size_bytes:
             raise ValueError(f"expected {size_bytes} bytes, found {filled if filled < size_bytes else 'more'}")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered_shards import DistantStore, write_numbered
+from numpy.typing import NDArray
 
 from data_pipeline.ahead import Ahead, shards_needed
 from data_pipeline.draws import Draws
-from data_pipeline.loader import Column, Loader, Rows
+from data_pipeline.loader import Column, Loader, LoaderSettings, Rows
+from data_pipeline.mixture import Mixture
+from data_pipeline.open_shards import OpenShards
 from data_pipeline.order import SampleOrder, micro_batches
+from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shards import Dataset, open_from
+from data_pipeline.storage import LocalStore
 from data_pipeline.storage.cache import Cache, machine_cache
 
 SHARD_ROWS = (40,) * 30
@@ -74,7 +81,7 @@ def test_shards_come_once_in_the_order_of_need_and_within_the_room(folder: Path,
     def fetched() -> list[str]:
         return [name for name in store.reads if name.endswith(".arrow")]
 
-    with Ahead(dataset, iter(needs), cache, 4 * size) as ahead:
+    with Ahead(dataset, iter(needs), cache, 4 * size, 0, 10**6) as ahead:
         for reached in range(20):
             ahead.reached(16 * reached)
             # The room is for four: those of this batch and two more.
@@ -116,7 +123,7 @@ def test_a_store_that_fails_ahead_ends_nothing(
     dataset = open_from(store)
     store.down = True
     cache = Cache(machine_cache().folder, 2**30)
-    with caplog.at_level(logging.WARNING), Ahead(dataset, iter([(0, [("base", 3)])]), cache, 2**30):
+    with caplog.at_level(logging.WARNING), Ahead(dataset, iter([(0, [("base", 3)])]), cache, 2**30, 0, 1):
         eventually(lambda: "not fetched ahead, its reader will ask again" in caplog.text)
     with pytest.raises(ConnectionResetError):
         dataset.shard("base", 3)
@@ -141,7 +148,7 @@ def test_what_is_still_needed_outlives_what_another_rank_brings(folder: Path) ->
     dataset = open_from(DistantStore(folder))
     size = dataset.shard_bytes("base", 0)
     cache = Cache(machine_cache().folder, 6 * size)
-    with Ahead(dataset, iter([(0, [("base", 0)]), (1000, [("base", 0)])]), cache, size) as ahead:
+    with Ahead(dataset, iter([(0, [("base", 0)]), (1000, [("base", 0)])]), cache, size, 0, 2000) as ahead:
         eventually(lambda: len(list(cache.folder.glob("?" * 64))) == 1)
         (needed,) = cache.folder.iterdir()
         for number in range(1, 20):  # another rank's: more than the cache holds
@@ -150,3 +157,83 @@ def test_what_is_still_needed_outlives_what_another_rank_brings(folder: Path) ->
             path = cache.folder / f"{number:064x}"
             cache.open(path.name, size, lambda: [bytes(size)], Path.stat)
             assert needed.exists()
+
+
+def test_it_looks_a_horizon_beyond_where_the_reader_is_from_its_first_batch_on(folder: Path) -> None:
+    dataset = open_from(DistantStore(folder))
+    looked: list[int] = []
+
+    def needs() -> Iterator[tuple[int, list[tuple[str, int]]]]:
+        for start in range(5000, 10**6, 10):
+            looked.append(start)
+            yield start, [("base", 0)]
+
+    with Ahead(dataset, needs(), machine_cache(), 2**30, 5000, 1000) as ahead:
+        eventually(lambda: looked[-1:] == [6000])
+        ahead.reached(5500)
+        eventually(lambda: looked[-1] == 6500)
+        time.sleep(0.02)
+        assert looked == list(range(5000, 6501, 10))
+
+
+class RowByRow(SampleOrder):
+    """One shard after the other, as where shards are many times larger than a batch."""
+
+    def rows_at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        ends = np.cumsum(self.shard_rows)
+        shards = np.searchsorted(ends, positions, side="right")
+        return shards, positions - ends[shards] + np.asarray(self.shard_rows)[shards]
+
+
+def deleted_bytes(folder: Path) -> int:
+    """Of files under `folder` that this process has mapped and that are in no folder any more."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [
+        line[0].split("-") for line in lines if line[-1].startswith(str(folder)) and line[-1].endswith("(deleted)")
+    ]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in spans)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_the_cache_removed_stays_mapped_within_the_bound_of_the_readers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state_folder: Path, mixed: bool
+) -> None:
+    store = DistantStore(folder)
+    dataset: Dataset = open_from(store)
+    size = dataset.shard_bytes("base", 0)
+    if mixed:
+        near = write_numbered(LocalStore(tmp_path / "near"), (128,))
+        dataset = Mixture([dataset, near], [Fraction(3), Fraction(1)])
+    limit_bytes = 12 * size
+    monkeypatch.setenv("GLIDEPATH_CACHE_BYTES", str(limit_bytes))
+    order = RowByRow("id", dataset.shard_rows, 0, 20)
+    loader = Loader(dataset, order, COLUMNS, ids, [(0, 20)], LoaderSettings(threads=1))
+    seen, deleted = set(), []
+    for step in loader.batches(0, dataset.rows // 20 * 20):
+        seen |= {row // 10_000 for micro in step for row in micro.batch}
+        deleted.append(deleted_bytes(state_folder))
+    assert max(deleted) <= limit_bytes // 2 + size + 8 * 4096, [count / size for count in deleted]
+    assert dataset.cached and len(seen) == len(SHARD_ROWS)
+    assert {count for name, count in store.reads.items() if name.endswith(".arrow")} == {size}, "each came once"
+
+
+def test_threads_that_want_one_shard_open_it_once_and_a_failure_is_told_to_each(folder: Path) -> None:
+    store = DistantStore(folder)
+    dataset, opened = open_from(store), []
+    reader = dataset.shard("base", 1)
+
+    def opener(family: str, index: int) -> ShardReader:
+        opened.append(index)
+        time.sleep(0.02)
+        if store.down:
+            raise ConnectionResetError
+        return reader
+
+    shards = OpenShards(opener)
+    with ThreadPoolExecutor(8) as pool:
+        assert {*pool.map(lambda _: shards("base", 1), range(8))} == {reader} and opened == [1]
+        store.down = True
+        failed = [pool.submit(shards, "base", 2) for _ in range(3)]
+        assert all(isinstance(future.exception(), ConnectionResetError) for future in failed)
+    store.down = False
+    assert shards("base", 2) is reader

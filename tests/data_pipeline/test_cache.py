@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,34 @@ def test_a_fill_that_fails_or_has_another_size_leaves_nothing(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     (tmp_path / name_of(1)).write_bytes(b"")  # what a power cut can leave
     assert read(cache, 1) == content(1)
+
+
+@pytest.mark.parametrize("full", ["folder", "entry", "rename"])
+def test_a_disk_without_room_for_an_entry_is_a_full_cache_and_any_other_failure_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    cache, failure = Cache(tmp_path / "cache", 3000), [errno.ENOSPC]
+
+    def refusing(plain: Callable[..., Any], refuses: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **keywords: Any) -> Any:
+            if refuses(*arguments):
+                raise OSError(failure[0], os.strerror(failure[0]))
+            return plain(*arguments, **keywords)
+
+        return called
+
+    monkeypatch.setattr(os, "mkdir", refusing(os.mkdir, lambda *_: full == "folder"))
+    monkeypatch.setattr(os, "rename", refusing(os.rename, lambda *_: full == "rename"))
+    creates = lambda path, flags, *_: full == "entry" and flags & os.O_CREAT  # noqa: E731
+    monkeypatch.setattr(os, "open", refusing(os.open, creates))
+    for failure[0] in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(CacheFull, match="no space left in"):
+            read(cache, 1)
+    failure[0] = errno.EACCES
+    with pytest.raises(PermissionError):
+        read(cache, 1)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("cache/*")) and read(cache, 1) == content(1)
 
 
 def test_many_threads_and_processes_share_it_within_its_bound(tmp_path: Path) -> None:

@@ -202,6 +202,26 @@ def test_of_a_damaged_object_in_a_distant_store_everything_whole_is_still_read(
         ids_and_places(open_from(DistantStore(copied)), 1, LoaderSettings())
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_bit_that_flips_on_the_way_is_read_again_and_damages_nothing(
+    numbered: Path, cached: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class FlippingOnce(DistantStore):
+        def get_range(self, key: str, start: int, length: int) -> bytes:
+            again = (key, start) in places
+            places.append((key, start))
+            data = super().get_range(key, start, length)
+            return data if again or length < 10_000 else bytes([*data[:5000], data[5000] ^ 4, *data[5001:]])
+
+    places: list[tuple[str, int]] = []
+    dataset = open_from(FlippingOnce(numbered))
+    dataset.cached = cached
+    reader = dataset.shard("base", 2)
+    assert reader.take(["id"], np.array([7, 300]))["id"].tolist() == [20_007, 20_300]
+    assert reader.in_cache == cached
+    assert caplog.text.count("reading it from the store once more") == (3 if cached else 2)
+
+
 def test_a_full_cache_disk_slows_and_ends_nothing(
     numbered: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, state_folder: Path
 ) -> None:

@@ -47,7 +47,7 @@ def heldout_loss(
     def prepare(rows: Rows, draws: Draws) -> Any:
         return recipe.prepare(rows if captions == "right" else shuffled_captions(rows), draws)
 
-    images, share = _share(recipe, dataset, prepare, settings.images, group)
+    images, share = _share(config, recipe, dataset, prepare, settings.images, group)
     values = {phase: torch.zeros(len(names[phase]), images, dtype=torch.float64) for phase in phases}
     with torch.no_grad():
         for micro in share:
@@ -69,7 +69,7 @@ def heldout_bits_per_dimension(
     """Mean upper bound on the bits per dimension of `images` held-out rows (cut to whole batches), for a recipe that
     has one. Runs the network once for every timestep of the process. A collective call."""
     recipe = make_recipe(config.for_evaluation())
-    count, share = _share(recipe, dataset, recipe.prepare, images, group)
+    count, share = _share(config, recipe, dataset, recipe.prepare, images, group)
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for micro in share:
@@ -79,16 +79,19 @@ def heldout_bits_per_dimension(
 
 
 def _share(
-    recipe: Recipe, dataset: Dataset, prepare: Prepare, images: int, group: Group
+    config: TrainConfig, recipe: Recipe, dataset: Dataset, prepare: Prepare, images: int, group: Group
 ) -> tuple[int, Iterator[MicroBatch]]:
     """How many held-out rows all ranks judge together, and this rank's batches of them.
 
-    Every rank takes whole batches, so that shuffling stays inside a batch whatever the world size.
+    Every rank takes whole batches, so that shuffling stays inside a batch whatever the world size. A collective call.
     """
     batch = min(EVALUATION_BATCH, dataset.rows, images)
     order = SampleOrder(dataset.id, dataset.shard_rows, EVALUATION_SEED, batch)
     images = min(images, order.epoch_images) // batch * batch
-    loader = Loader(dataset, order, recipe.columns, prepare, micro_batches(batch, 0, 1, batch))
+    # Damage always stops: other rows in the place of damaged ones would be another figure.
+    loading = config.loader.model_copy(update={"on_damage": "stop"})
+    cut = micro_batches(batch, 0, 1, batch)
+    loader = Loader(dataset, order, recipe.columns, prepare, cut, loading, group.ranks_here())
     return images, _batches_at(loader, range(batch * group.rank, images, batch * group.world_size))
 
 
