@@ -41,13 +41,15 @@ def corrupt(store: LocalStore, count: int, seed: int) -> Score:
     manifests = {name: read_manifest(store, name.manifest_key) for name in names}
     originals = {name: restore(only(store, name), manifests[name])[2] for name in names[1:]}
     newest = keys_of(names[0], manifests[names[0]])
+    stored = {key: store.get(key) for name in names[:2] for key in keys_of(name, manifests[name])}
     detected = fell_back = 0
     failures: list[str] = []
     for number in range(count):
         chance = random.Random(f"{seed}-{number}")
         # Every kind of damage meets every object in turn.
         damage, key = DAMAGES[number % len(DAMAGES)], newest[number // len(DAMAGES) % len(newest)]
-        other = chance.choice([o for name in names[:2] for o in keys_of(name, manifests[name]) if o != key])
+        # After a refused update a part is what it was before, and to exchange the two would be no damage.
+        other = chance.choice([o for o, data in stored.items() if data != stored[key]])
         with damaged(store, key, damage, other, chance) as told:
             named = {bad["part"].rpartition("/")[0] for bad in verify_checkpoints(store.uri)}
             loaded, passed_over, values = restore(store, manifests[names[0]])
