@@ -87,6 +87,8 @@ def train_run(
         "failed_saves": result["failed_saves"],
         "delayed_saves": result["delayed_saves"],
         "substituted_rows": result["substituted_rows"],
+        "removed_checkpoints": result["removed_checkpoints"],
+        "failed_removals": result["failed_removals"],
         "stopped": result["stopped"],
     }
 
