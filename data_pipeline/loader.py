@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -71,7 +71,8 @@ class MicroBatch:
     """What one micro step trains on. `positions` int64 [b] and `ids` uint64 [b].
 
     b is 0 where a rank's share is used up: `batch` then is a row that counts elsewhere, to go through the same
-    collective calls with weight 0. `replaced`: of each row that took the place of a damaged one, where that one is.
+    collective calls with weight 0. `replaced`: of each row that took the place of a damaged or quarantined one, where
+    that one is.
     """
 
     positions: NDArray[np.int64]
@@ -112,7 +113,8 @@ class Loader:
     """Iterates over the micro batches of one rank, global batch after global batch, from a position on.
 
     `settings.ahead` global batches are prepared while the caller works. `ranks_here`: ranks of this run on this
-    machine, which share its cores and its cache of shards.
+    machine, which share its cores and its cache of shards. `quarantined`: shards of which no row is read, others take
+    their place.
     """
 
     def __init__(
@@ -124,13 +126,14 @@ class Loader:
         cut: Sequence[tuple[int, int]],
         settings: LoaderSettings = DEFAULTS,
         ranks_here: int = 1,
+        quarantined: Collection[int] = (),
     ) -> None:
         self.dataset, self.order, self.columns, self.prepare = dataset, order, columns, prepare
         self.cut, self.settings, self.ranks_here = cut, settings, ranks_here
-        self._read: Callable[[Integers, Integers], Rows] = partial(read_rows, dataset, columns)
-        self._substitutes = Substitutes(dataset.shard_rows, self._read)
+        read: Callable[[Integers, Integers], Rows] = partial(read_rows, dataset, columns)
+        self._substitutes = Substitutes(dataset.shard_rows, read, quarantined, settings.on_damage)
 
-    def batches(self, position: int, until: int) -> Iterator[list[MicroBatch]]:
+    def batches(self, position: int, until: int) -> Generator[list[MicroBatch], None, None]:
         """The rank's micro batches of each global batch in [position, until), both multiples of the batch.
 
         Closing the iterator ends its threads.
@@ -167,17 +170,19 @@ class Loader:
         return Ahead(self.dataset, needs, cache, share, position, HORIZON * self.order.batch)
 
     def _micro_batch(self, start: int, begin: int, end: int) -> MicroBatch:
-        positions = np.arange(start + begin, start + end, dtype=np.int64)
-        read = positions if begin < end else np.array([start + self.cut[0][0]])
-        shards, rows = self.order.rows_at(read)
-        replaced: tuple[Place, ...] = ()
-        if self.settings.on_damage == "substitute":
-            values, replaced = self._substitutes.read(shards, rows)
-        else:
-            values = self._read(shards, rows)
-        draws = Draws(self.order.seed, read)
-        count = len(positions)
+        return self.micro_batch(np.arange(start + begin, start + end, dtype=np.int64), start + self.cut[0][0])
+
+    def micro_batch(self, positions: Integers, stand_in: int) -> MicroBatch:
+        """The micro batch of these positions, int64 [b]; without any, one of weight 0 of the position `stand_in`."""
+        read = positions if len(positions) else np.array([stand_in])
+        values, replaced = self._substitutes.read(*self.order.rows_at(read))
+        draws, count = Draws(self.order.seed, read), len(positions)
         return MicroBatch(positions, values["id"][:count], draws, self.prepare(values, draws), replaced[:count])
+
+    def shards_at(self, positions: Integers) -> Integers:
+        """The shard that each of these positions is read from, substitutes included: int64 [b]."""
+        shards, _, _ = self._substitutes.replaced(*self.order.rows_at(positions))
+        return shards
 
 
 __all__ = ["Column", "Loader", "LoaderSettings", "MicroBatch", "Rows", "micro_batches", "read_rows"]

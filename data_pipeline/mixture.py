@@ -106,6 +106,10 @@ class Mixture(Dataset):
         dataset, inner = self._member(index)
         return dataset.fetch(family, inner) if dataset.distant else None
 
+    def shard_label(self, index: int) -> tuple[str, str]:
+        dataset, inner = self._member(index)
+        return dataset.shard_label(inner)
+
     def _open_shard(self, family: str, index: int) -> ShardReader:
         dataset, inner = self._member(index)
         dataset.cached = self.cached

@@ -87,6 +87,10 @@ class Dataset:
         key = f"{self.prefix}{family}/{shard_name(index)}.arrow"
         return ShardReader(self.store, key, KNOWN_FAMILIES[family].schema, description, cached=self.cached)
 
+    def shard_label(self, index: int) -> tuple[str, str]:
+        """(dataset id, name of the shard) by which people know shard `index`."""
+        return self.id, shard_name(index)
+
     @property
     def distant(self) -> bool:
         """Whether shards are read through this machine's cache."""

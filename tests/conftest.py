@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from data_pipeline import demo
 from data_pipeline.build import CorpusConfig, build_corpus
 from data_pipeline.config import parse
+
+# How long an example takes says how busy the machine is, and nothing of what it proves.
+settings.register_profile("no-deadline", settings(), deadline=None)
+settings.load_profile("no-deadline")
 
 PICTURES = 96
 TINY_MODEL = {

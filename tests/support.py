@@ -10,7 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from cluster.launch import Event
+from data_pipeline.shards import open_dataset
+
+# A driver of a run in a process of its own, as in a job: each event is a line, the last one its summary.
+RUN = """
+import json, logging, sys
+from cluster.cli import load_train_config
+from cluster.training import train_run
+
+logging.basicConfig(level=logging.INFO)
+report = lambda event: print("EVENT", json.dumps(event), flush=True)
+report({"event": "summary", **train_run(load_train_config(sys.argv[1], []), report)})
+"""
 
 
 def kill_worker_1_at(images: int) -> Callable[[Event], None]:
@@ -30,6 +45,17 @@ def consumed_ids(store: str) -> list[tuple[int, list[int]]]:
     """(position, ids of the global batch) in the order in which a run consumed them."""
     lines = Path(store, "tracking", "consumed.jsonl").read_text().splitlines()
     return [(line["position"], line["ids"]) for line in map(json.loads, lines)]
+
+
+def ids_in_order(uri: str, seed: int, batch: int, images: int) -> list[tuple[int, list[int]]]:
+    """What a run is to consume, batch by batch: by the closed form of the order and from the files."""
+    data = open_dataset(uri)
+    folder = data.store.local_path(f"{data.prefix}base")
+    assert folder is not None
+    shards = [pa.ipc.open_file(str(path)).read_all()["id"].to_pylist() for path in sorted(folder.glob("*.arrow"))]
+    places = zip(*(found.tolist() for found in data.order(seed, batch).rows_at(np.arange(images))), strict=True)
+    ids = [shards[shard][row] for shard, row in places]
+    return [(start, ids[start : start + batch]) for start in range(0, images, batch)]
 
 
 def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:

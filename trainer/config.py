@@ -19,12 +19,13 @@ from trainer.diffusion.samplers import SamplerName
 from trainer.diffusion.steps import Clip
 
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveTime = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # What a resume may change: how far, on what, how often - nothing that alters the optimisation or the data. `store` is
 # where the run was found, so it cannot differ from itself; a run that was moved has another.
-MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero", "store", "loader")
+MAY_CHANGE = ("images", "launcher", "checkpoint", "tracking", "zero", "store", "loader", "watch")
 
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -61,12 +62,53 @@ Datasets = Annotated[
 ]
 
 
+class RestartBudgets(Settings):
+    """Restarts after deaths of each cause since the run last committed a checkpoint; one death more gives it up."""
+
+    killed: NotNegative = 3  # a process that a signal ended
+    node_lost: NotNegative = 5
+    hung: NotNegative = 2
+    out_of_memory: NotNegative = 1  # the same size of the same run mostly needs the same memory
+    raised: NotNegative = 2  # an exception that is not for users
+
+
+class RestartSettings(Settings):
+    """When a run whose workers died starts again by itself (kind ray); the decisions are cluster/policy.py's."""
+
+    budgets: RestartBudgets = RestartBudgets()
+    # Pauses before restarts since the last commit: none, then this, then twice that each time, up to the most.
+    backoff_s: PositiveTime = 5.0
+    backoff_most_s: PositiveTime = 300.0
+    exclude_after: Positive = 3  # deaths in a row on one node of several: nothing is placed there any more
+    wait_for_room_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0  # for launcher.min_workers
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _refuse_no_budgets(cls, budgets: Any) -> Any:
+        if budgets is None or budgets == {}:
+            names = ", ".join(RestartBudgets.model_fields)
+            raise ValueError(f"restarts allowed by cause ({names}), for a run must not restart without end, found none")
+        return budgets
+
+
 class LauncherSettings(Settings):
     """Where the workers run."""
 
     kind: Literal["local", "ray"] = "local"  # processes of this machine, or actors of a Ray cluster
-    workers: Positive = 1
+    workers: Positive = 1  # with min_workers: the most
+    # Kind ray. Set: the run goes on with this many where there is no room for more; null: with `workers` only.
+    min_workers: Positive | None = None
+    grow_after_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0  # room for more that stayed so long is used
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: one GPU per worker
+    # Kind ray: a process per worker that has done every import waits on its node, for a short recovery.
+    standby: bool = True
+    restart: RestartSettings = RestartSettings()
+
+    @model_validator(mode="after")
+    def _refuse_more_than_the_most(self) -> LauncherSettings:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers of at most workers ({self.workers}), found {self.min_workers}")
+        return self
 
 
 class KeepBest(Settings):
@@ -104,12 +146,38 @@ class TrackingSettings(Settings):
 
 
 class GuardSettings(Settings):
-    """When an update is refused (trainer/guard.py)."""
+    """When an update is refused, when the run goes back to a checkpoint, and when it ends (trainer/guard.py)."""
 
     window: Positive = 100  # accepted updates that make the history
     spike_factor: Annotated[float, Field(gt=1)] = 20.0  # skip when loss or gradient norm exceeds its median times this
     warmup: Positive = 20  # updates before spikes are judged: early norms fall by orders of magnitude
-    halt_after: Positive = 10  # consecutive skips that end the run
+    rollback_after: Positive = 4  # refused updates in a row that take the run back
+    sustained_factor: Annotated[float, Field(gt=1)] = 3.0  # a loss that exceeds its median times this is high
+    sustained_after: Positive = 20  # updates in a row that were refused or had a high loss take it back as well
+    # Rollbacks that brought the run no further, which is `window` updates beyond where it had been; the next ends it.
+    halt_after: Annotated[int, Field(ge=0)] = 10
+
+
+class WatchSettings(Settings):
+    """When a rank counts as hung or as slow (trainer/watch.py). Seconds that a rank may stay in one section without
+    getting on; generous, since an alarm ends the attempt, and a rank that waits for another is never blamed for it."""
+
+    start_s: PositiveTime = 1800.0  # before the first step: meeting, building networks, restoring; each collective anew
+    first_step_s: PositiveTime = 1800.0  # every section of an attempt's first step, which compiles kernels
+    data_s: PositiveTime = 600.0  # for the batch: a dead store is waited for 120 s and more
+    forward_s: PositiveTime = 300.0  # one micro batch
+    backward_s: PositiveTime = 300.0
+    reduce_s: PositiveTime = 600.0  # all ranks at once in a collective call: the network
+    update_s: PositiveTime = 300.0
+    save_s: PositiveTime = 600.0  # the snapshot; storing it has checkpoint.deadline_s
+    sample_s: PositiveTime = 1800.0
+    evaluate_s: PositiveTime = 1800.0
+    loop_s: PositiveTime = 300.0  # between sections: logging
+    silent_s: PositiveTime = 120.0  # without a heartbeat: a stopped process, a dead host, a call that blocks threads
+    # Slow: own work per step above this many times the median of the other ranks, in so many windows in a row.
+    straggler_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.5
+    straggler_window_s: PositiveTime = 60.0
+    straggler_windows: Positive = 3
 
 
 class HeldoutSettings(Settings):
@@ -184,6 +252,7 @@ class TrainConfig(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
     guard: GuardSettings = GuardSettings()
+    watch: WatchSettings = WatchSettings()
     loader: LoaderSettings = LoaderSettings()
     heldout: HeldoutSettings | None = None
     samples: SampleSettings = SampleSettings()

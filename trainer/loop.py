@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,22 @@ from torch import nn
 from data_pipeline.draws import Draws, key64
 from data_pipeline.loader import Column, Loader, MicroBatch, micro_batches
 from data_pipeline.shards import Dataset
-from trainer.checkpoint.load import restore_newest
+from trainer.checkpoint.load import Restored, restore_newest
 from trainer.checkpoint.manifest import CheckpointName
 from trainer.checkpoint.save import Saver
 from trainer.config import TrainConfig
 from trainer.engine.engine import Interval
 from trainer.evaluation.heldout import first_rows, heldout_bits_per_dimension, heldout_loss
-from trainer.guard import GuardHistory
-from trainer.metrics import StepTimer, memory
+from trainer.guard import doubted_since
+from trainer.metrics import memory, step_figures
 from trainer.pictures import grid, png_bytes
+from trainer.quarantine import SkipList, Skipped, shards_to_blame
 from trainer.recipes import make_recipe
 from trainer.recipes.recipe import Pixels, pinned
+from trainer.rollback import adopt, go_back
 from trainer.sampling import draw_images
 from trainer.step import Trainee, train_step
-from trainer.stop import StopWatch
+from trainer.stop import StopAsked, StopWatch
 from trainer.tracking.jsonl import append_line
 from trainer.tracking.tracker import Tracker
 
@@ -78,9 +80,9 @@ class TrainingLoop:
         self.config: TrainConfig = trainee.config
         self.group, self.store = trainee.group, saver.store
         self.order = dataset.order(self.config.seed, self.config.batch)
-        self.timer = StepTimer()
+        self.watch = trainee.group.watch
         self.position = 0  # images consumed
-        self.saved = -1  # position of the newest save that was begun
+        self.saved = 0  # position of the newest save that was begun; at 0 there is nothing to save
         self.save_owed = False  # one is due and has not begun
         self.delayed_saves = 0  # that could not begin when they were due, for the one before was under way
         self.save_begun_s = time.monotonic()  # rank 0's counts
@@ -88,13 +90,16 @@ class TrainingLoop:
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # where held-out figures were last taken, and which
         self.substituted_rows = 0  # that took the place of damaged ones, in this attempt
         self.damaged: set[tuple[int, int]] = set()  # the places that rank 0 has told of
+        self.quarantined: frozenset[int] = frozenset()  # shards in whose place other rows are read
+        self.skips = SkipList(self.store)
+        saver.before_commit = self.skips.write
+        self.stop = StopWatch(self.store, saver.identity.attempt, watching=self.group.rank == 0)
         self.stopped = False  # a stop was requested, and all ranks agreed to it
         self.checkpoint: CheckpointName | None = None  # newest that this rank restored or saw committed
 
     def restore(self) -> None:
         """Continue from the newest checkpoint that verifies, or start at 0."""
-        engines = self.trainee.engines
-        wanted = [interval for engine in engines.values() for interval in engine.wanted()]
+        wanted = [interval for engine in self.trainee.engines.values() for interval in engine.wanted()]
         identity = self.saver.identity
         found = restore_newest(self.store, self.group, wanted, identity.parameters, self.order.state(0), identity.run)
         if found is None:
@@ -102,11 +107,8 @@ class TrainingLoop:
         name, manifest = found.name, found.manifest
         if self.saver.retention is not None:
             self.saver.retention.began_from(name)
-        for part, engine in engines.items():
-            engine.loaded(manifest.optimizer_steps[part], manifest.loss_scale.get(part, {}))
-        if state := self.trainee.recipe.state():
-            state.load(manifest.recipe_state)
-        self.trainee.guards = {part: GuardHistory.from_document(document) for part, document in manifest.guard.items()}
+        adopt(self.trainee, manifest)
+        self.quarantined = frozenset(manifest.order.get("quarantined", ()))
         self.checkpoint, self.position, self.saved = name, name.position, name.position
         self.tracker.replay(manifest.tracking)
         for damage in found.passed_over:
@@ -115,52 +117,117 @@ class TrainingLoop:
 
     def train(self) -> None:
         config = self.config
-        if self.position == 0:
-            self.heldout_at_0 = self.evaluate()
-        cut = micro_batches(config.batch, self.group.rank, self.group.world_size, config.micro_batch_size())
-        recipe, ranks_here = self.trainee.recipe, self.group.ranks_here()
-        device = self.group.device
-        prepare = pinned(recipe.prepare, device) if device.type == "cuda" else recipe.prepare
-        loader = Loader(self.dataset, self.order, recipe.columns, prepare, cut, config.loader, ranks_here)
-        batches = loader.batches(self.position, config.images)
+        self.ranks_here = self.group.ranks_here()
+        self.loader, self.batches = self.read_on()
         self.saver.memory.reserve(self.shard_view())
         self.save_begun_s = time.monotonic()
-        self.timer.finish(0)
-        with StopWatch(self.store, self.saver.identity.attempt, watching=self.group.rank == 0) as stop:
+        with self.stop:
+            if self.position == 0:
+                self.heldout_at_0 = self.evaluate()
+            self.stopped = self.stop_agreed()
+            self.watch.begin_steps()
             while self.position < config.images and not self.stopped:
-                with self.timer.section("data"):
-                    micro_batches_of_step = next(batches)
-                with self.timer.section("update"):
-                    figures = train_step(self.trainee, micro_batches_of_step, self.position)
-                if config.loader.on_damage == "substitute":
+                with self.watch.section("data"):
+                    micro_batches_of_step = next(self.batches)
+                figures = train_step(self.trainee, micro_batches_of_step, self.position)
+                if config.loader.on_damage == "substitute" or self.quarantined:
                     figures["substituted_rows"] = self.count_substituted(micro_batches_of_step)
                 self.log_consumed(micro_batches_of_step)
                 self.position += config.batch
                 self.log(figures)
+                if reason := next((str(why) for name, why in figures.items() if name.endswith("rollback")), None):
+                    self.roll_back(reason)
                 if self.due(config.samples.every_images):
                     self.sample()
                 if config.heldout and self.due(config.heldout.every_images):
                     self.evaluate()
                 # Last: a run that goes on from here does not pass this position's grid and figures again.
-                self.save_or_stop(stop.asked)
-        self.finish()
+                self.save_or_stop()
+            self.finish()
 
-    def save_or_stop(self, stop_asked: bool) -> None:
+    def read_on(self) -> tuple[Loader, Generator[list[MicroBatch], None, None]]:
+        """Batches from this position on, without rows of shards that are quarantined by now."""
+        config, recipe, device = self.config, self.trainee.recipe, self.group.device
+        cut = micro_batches(config.batch, self.group.rank, self.group.world_size, config.micro_batch_size())
+        prepare = pinned(recipe.prepare, device) if device.type == "cuda" else recipe.prepare
+        loader = Loader(
+            self.dataset, self.order, recipe.columns, prepare, cut, config.loader, self.ranks_here, self.quarantined
+        )
+        return loader, loader.batches(self.position, config.images)
+
+    def roll_back(self, reason: str) -> None:
+        """All parts go back to before the first bad observation, the data do not; what is to blame for it is
+        quarantined; and that is committed before the next step. A collective call."""
+        since = doubted_since(self.trainee.guards.values())
+        assert since is not None
+        with self.watch.section("commit"):
+            if failed := self.saver.settle():
+                self.say("save-failed", str(failed))
+            self.saver.let_end()
+            found = go_back(self.trainee, self.store, self.saver.identity, self.order.state(0), since)
+        for damage in found.passed_over if found else ():
+            self.say("fallback", damage)
+        begin, to = (found.name.position, str(found.name)) if found else (0, "the start")
+        self.say("rollback", f"{reason}; back to {to}, on from {self.position} images")
+        if self.group.rank == 0:
+            undone = {"images": self.position, "to": to, "to_images": begin}
+            self.report({"event": "rollback", **undone, "reason": reason})
+        self.list_skipped(Skipped("rollback", begin, self.position, reason, self.saver.identity.attempt))
+        self.quarantine(since, shards_to_blame(self.trainee, self.loader, since, self.position))
+        self.commit_rollback(found)
+
+    def quarantine(self, since: int, to_blame: Mapping[int, str]) -> None:
+        """From here on other rows take the place of those of these shards. Found in the images from `since`."""
+        quarantined = self.quarantined | to_blame.keys()
+        if not to_blame or len(quarantined) == len(self.dataset.shard_rows):
+            self.say("quarantine", f"no shard alone is to blame for images {since} to {self.position}; none is")
+            return
+        for shard, reason in to_blame.items():
+            dataset, name = self.dataset.shard_label(shard)
+            self.say("quarantine", f"{name} of dataset {dataset[:12]}: {reason}; other rows take its place")
+            if self.group.rank == 0:
+                self.report({"event": "quarantine", "images": self.position, "dataset": dataset, "shard": name})
+            attempt = self.saver.identity.attempt
+            self.list_skipped(Skipped("quarantine", since, self.position, reason, attempt, dataset=dataset, shard=name))
+        self.quarantined = quarantined
+        self.batches.close()  # what was read ahead has such rows
+        self.loader, self.batches = self.read_on()
+
+    def commit_rollback(self, found: Restored | None) -> None:
+        """A checkpoint of this position, in the parts of the one that was gone back to where there is one."""
+        if found is None:
+            self.save()
+        with self.watch.section("commit"):
+            if found is None:
+                self.saver.wait()
+            elif self.group.rank == 0:
+                self.saver.refer(self.position, found, self.state_beside_the_parts())
+        self.checkpoint = self.saver.committed or self.checkpoint
+        self.saved, self.save_owed, self.save_begun_s = self.position, False, time.monotonic()
+
+    def stop_agreed(self) -> bool:
+        """Whether rank 0 knows of a request. A collective call."""
+        return bool(self.group.sum_(torch.tensor(int(self.stop.asked))))
+
+    def save_or_stop(self) -> None:
         """Decided by all ranks in one collective call. A due save that meets the one before it, still under way on some
         rank, waits for its end and keeps nobody from training; what ends the run has a save of its own."""
         if failed := self.saver.poll():
             self.say("save-failed", str(failed))
-        mine = torch.tensor([stop_asked, self.due_by_clock(), self.saver.busy], dtype=torch.int64)
+        mine = torch.tensor([self.stop.asked, self.due_by_clock(), self.saver.busy], dtype=torch.int64)
         stopped, by_clock, busy = map(bool, self.group.sum_(mine).tolist())
-        due = by_clock or self.due(self.config.checkpoint.every_images)
+        due = self.saved < self.position and (by_clock or self.due(self.config.checkpoint.every_images))
+        # What the guard has doubts about is not saved: a rollback wants a checkpoint that is older.
+        doubted = doubted_since(self.trainee.guards.values()) is not None
         if self.position >= self.config.images or stopped:
             self.stopped = stopped and self.position < self.config.images
-        elif not busy and (due or self.save_owed):
+        elif not busy and not doubted and (due or self.save_owed):
             self.save()
         elif due and not self.save_owed:
             self.save_owed = True
             self.delayed_saves += 1
-            self.say("save-delayed", f"due at {self.position} images; it begins when the one before it has ended")
+            until = "the guard has no doubts left" if doubted else "the one before it has ended"
+            self.say("save-delayed", f"due at {self.position} images; it begins when {until}")
 
     def due_by_clock(self) -> bool:
         """Rank 0's clock decides: others tell another time."""
@@ -175,17 +242,20 @@ class TrainingLoop:
     def log(self, figures: dict[str, float | str]) -> None:
         position = self.position
         for name, reason in figures.items():
-            if isinstance(reason, str):
-                self.say("skip", f"{name.removesuffix('skipped')} {reason}".strip())
+            if isinstance(reason, str) and name.endswith("skipped"):
+                part = name.removesuffix("skipped").rstrip("/")
+                self.say("skip", f"{part} {reason}".strip())
+                begin, attempt = position - self.config.batch, self.saver.identity.attempt
+                self.list_skipped(Skipped("skip", begin, position, reason, attempt, part))
         values = {name: value for name, value in figures.items() if not isinstance(value, str)}
-        values.update(self.timer.finish(self.config.batch) | memory())
+        values.update(step_figures(self.watch.end_step(), self.config.batch) | memory())
         self.tracker.log(position, values)
         if self.group.rank == 0:
             self.report({"event": "progress", "images": position, "loss": newest_loss(values)} | values)
 
     def count_substituted(self, micro_batches_of_step: list[MicroBatch]) -> int:
-        """Rows of the global batch that took the place of damaged ones. A collective call: every rank brings its own
-        count, and the place of the first; rank 0 tells of each place once."""
+        """Rows of the global batch that took the place of damaged or quarantined ones. A collective call: every rank
+        brings its own count, and the place of the first; rank 0 tells of each damaged place once."""
         places = [place for micro in micro_batches_of_step for place in micro.replaced]
         found = torch.zeros(self.group.world_size, 3, dtype=torch.int64)
         if places:
@@ -193,7 +263,7 @@ class TrainingLoop:
             found[self.group.rank] = torch.tensor([len(places), shard, -1 if batch is None else batch])
         found = self.group.sum_(found)
         for rows, shard, batch in found.tolist():
-            if rows and (shard, batch) not in self.damaged:
+            if rows and (shard, batch) not in self.damaged and shard not in self.quarantined:
                 self.damaged.add((shard, batch))
                 where = f"shard {shard}, all of it" if batch < 0 else f"shard {shard} batch {batch}"
                 self.say("substituted", f"{where} is damaged; other rows take its place, from image {self.position} on")
@@ -218,23 +288,23 @@ class TrainingLoop:
                 self.say("ids-lost", f"of the batch at {start}: {error}")
 
     def save(self) -> None:
-        position = self.position
-        with self.timer.section("save"):
-            recipe_state = self.trainee.recipe.state()
-            self.saver.save(
-                position,
-                self.shard_view(),
-                {
-                    "optimizer_steps": {part: e.optimizer_steps() for part, e in self.trainee.engines.items()},
-                    "loss_scale": {part: e.loss_scale() for part, e in self.trainee.engines.items()},
-                    "guard": {part: dataclasses.asdict(history) for part, history in self.trainee.guards.items()},
-                    "recipe_state": recipe_state.document() if recipe_state else {},
-                    "order": dataclasses.asdict(self.order.state(position)),
-                    "tracking": self.tracker.undelivered(),
-                    "figures": self.figures_here(),
-                },
-            )
-        self.saved, self.save_owed, self.save_begun_s = position, False, time.monotonic()
+        with self.watch.section("save"):
+            self.saver.save(self.position, self.shard_view(), self.state_beside_the_parts())
+        self.saved, self.save_owed, self.save_begun_s = self.position, False, time.monotonic()
+
+    def state_beside_the_parts(self) -> dict[str, Any]:
+        """Of a manifest at this position."""
+        recipe_state = self.trainee.recipe.state()
+        quarantined = {"quarantined": sorted(self.quarantined)} if self.quarantined else {}
+        return {
+            "optimizer_steps": {part: e.optimizer_steps() for part, e in self.trainee.engines.items()},
+            "loss_scale": {part: e.loss_scale() for part, e in self.trainee.engines.items()},
+            "guard": {part: dataclasses.asdict(history) for part, history in self.trainee.guards.items()},
+            "recipe_state": recipe_state.document() if recipe_state else {},
+            "order": dataclasses.asdict(self.order.state(self.position)) | quarantined,
+            "tracking": self.tracker.undelivered(),
+            "figures": self.figures_here(),
+        }
 
     def figures_here(self) -> dict[str, float]:
         """Held-out figures of the weights as they are, for retention: finite ones, which JSON can hold."""
@@ -246,13 +316,17 @@ class TrainingLoop:
             yield from engine.shard_view()
 
     def sample(self) -> str | None:
-        """A grid of EMA samples in the store; its key. A collective call; rank 0 draws."""
+        """A grid of EMA samples in the store; its key, None if a stop came first. A collective call; rank 0 draws."""
         key = None
         if not (self.config.samples.prompts or self.heldout):
             return None
-        with ema_modules(self.trainee) as modules:
+        with self.watch.section("sample"), ema_modules(self.trainee) as modules:
             if self.group.rank == 0:
-                drawn, prompts = self.draw(modules)
+                try:
+                    drawn, prompts = self.draw(modules)
+                except StopAsked:
+                    self.say("samples-left", "a stop was asked for")
+                    return None
                 key = f"samples/images-{self.position:09d}-ema.png"
                 about = {"run": self.config.run, "images": str(self.position)}
                 png = png_bytes(grid(drawn, prompts), about)
@@ -270,23 +344,37 @@ class TrainingLoop:
         settings, seed = self.config.samples, key64("grid", self.config.seed)
         if settings.prompts:
             prompts = list(settings.prompts)
-            return draw_images(self.trainee.recipe, modules, prompts, settings.sampling, seed), prompts
+            drawn = draw_images(
+                self.trainee.recipe, modules, prompts, settings.sampling, seed, lambda *_: self.stop.leave()
+            )
+            return drawn, prompts
         assert self.heldout is not None
         recipe = make_recipe(self.config.for_evaluation())
         rows = first_rows(self.heldout, (*recipe.columns, Column("base", "caption")), GRID_PICTURES)
         draws = Draws(seed, np.arange(len(rows["caption"]), dtype=np.int64))
-        return recipe.sample(modules, recipe.prepare(rows, draws), draws, settings.sampling), rows["caption"]
+        batch, leave = recipe.prepare(rows, draws), lambda _: self.stop.leave()
+        return recipe.sample(modules, batch, draws, settings.sampling, watch=leave), rows["caption"]
 
     def evaluate(self, last: bool = False) -> dict[str, float]:
-        """Held-out loss of the EMA weights, logged; `last`, also their bits per dimension. A collective call."""
+        """Held-out loss of the EMA weights, logged; `last`, also their bits per dimension; nothing if a stop comes
+        first. A collective call."""
         config, dataset = self.config, self.heldout
         if dataset is None or config.heldout is None:
             return {}
-        with ema_modules(self.trainee) as modules:
-            losses = heldout_loss(config, modules, dataset, config.heldout, self.group)
-            if last and (rows := config.heldout.bits_per_dimension):
-                bits = heldout_bits_per_dimension(config, modules, dataset, rows, self.group)
-                losses["bits_per_dimension"] = bits
+
+        def asked() -> bool:
+            return self.stop.asked
+
+        try:
+            with self.watch.section("evaluate"), ema_modules(self.trainee) as modules:
+                losses = heldout_loss(config, modules, dataset, config.heldout, self.group, stop_asked=asked)
+                if last and (rows := config.heldout.bits_per_dimension):
+                    bits = heldout_bits_per_dimension(config, modules, dataset, rows, self.group, asked)
+                    losses["bits_per_dimension"] = bits
+        except StopAsked:
+            self.stopped = True  # all ranks know, for all left
+            self.say("evaluation-left", "a stop was asked for")
+            return {}
         figures = {f"heldout/{name}": value for name, value in losses.items()}
         self.evaluated = self.position, figures
         best = config.checkpoint.keep_best
@@ -299,15 +387,17 @@ class TrainingLoop:
         """Final figures, save and grid (a stopped run only saves); fails if the save did not commit."""
         heldout = {} if self.stopped else self.evaluate(last=True)  # before the save, which carries them
         if self.saved != self.position:
-            if failed := self.saver.settle():
-                self.say("save-failed", str(failed))
-            self.saver.let_end()
+            with self.watch.section("commit"):
+                if failed := self.saver.settle():
+                    self.say("save-failed", str(failed))
+                self.saver.let_end()
             self.save()
         samples = None if self.stopped else self.sample()
-        self.saver.wait()
+        with self.watch.section("commit"):
+            self.saver.wait()
         self.checkpoint = self.saver.committed or self.checkpoint
         if self.stopped:
-            self.say("stop", f"saved {self.checkpoint} and ended, as asked")
+            self.say("stop", f"saved {self.checkpoint or 'nothing, before the first step,'} and ended, as asked")
         if self.group.rank == 0:
             uri = f"{self.store.uri}/{self.checkpoint.folder.rstrip('/')}" if self.checkpoint else None
             result = {"images": self.position, "samples": samples, "heldout": heldout, "checkpoint": uri}
@@ -325,6 +415,17 @@ class TrainingLoop:
         if not self.stopped:
             retention.settle(REMOVAL_PATIENCE_S)
         return {"removed_checkpoints": retention.deleted, "failed_removals": retention.failures}
+
+    def list_what_is_left(self) -> None:
+        """At the end of a run that has no save any more. Never raises what a store does: why it ends is to be told."""
+        try:
+            self.skips.write()
+        except OSError as error:
+            log.warning("what was skipped since the newest checkpoint is not listed: %s", error)
+
+    def list_skipped(self, skipped: Skipped) -> None:
+        if self.group.rank == 0:
+            self.skips.add(skipped)
 
     def say(self, kind: str, text: str) -> None:
         if self.group.rank == 0:

@@ -6,6 +6,7 @@ on from the newest checkpoint that verifies. Called by a launcher's worker proce
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import uuid
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 
 from data_pipeline.config import state_folder
-from data_pipeline.draws import key64
 from data_pipeline.errors import UserError
 from data_pipeline.manifests import digest_of
 from data_pipeline.mixture import Mixture
@@ -43,7 +43,7 @@ from trainer.tracking.leftovers import keep_undelivered, read_undelivered
 from trainer.tracking.mlflow import MlflowServer
 from trainer.tracking.server import is_server
 from trainer.tracking.tracker import NoTracker, Tracker
-from trainer.weights import lineage_of, start_of
+from trainer.weights import initial_module, lineage_of, start_of
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,9 @@ def tracking_folder(config: TrainConfig) -> Path:
     return here or state_folder() / "runs" / config.run / "tracking"
 
 
-def prepare_run(config: TrainConfig) -> int:
+def prepare_run(config: TrainConfig, drawn: str | None = None) -> int:
     """In the driver, before any worker starts: refuse what cannot go on, take an attempt, sweep. Returns the attempt.
+    `drawn`: an identity to write into its record, by which a driver knows its own.
 
     Raises UserError when the store cannot be used, when the data cannot serve the run, or the store is of another run
     or its frozen keys differ. All of that comes before the attempt, whose record freezes the configuration.
@@ -88,7 +89,7 @@ def prepare_run(config: TrainConfig) -> int:
             )
         refuse_changed_keys(began, config)
     lineage = lineage_of(config) if first is None else run_lineage(store)
-    record = {"config": config.model_dump(mode="json"), "identity": uuid.uuid4().hex, "lineage": lineage}
+    record = {"config": config.model_dump(mode="json"), "identity": drawn or uuid.uuid4().hex, "lineage": lineage}
     attempt = take_attempt(store, record)
     try:
         sweep(store, attempt)
@@ -153,14 +154,29 @@ def train(values: dict[str, Any], attempt: int, group: Group, report: Report, ml
         if group.rank == 0:
             stack.callback(lambda: keep_undelivered(store, tracker.close()))
         loop.restore()
+        if group.rank == 0:
+            report({"event": "loaded", "images": loop.position})
         try:
             loop.train()
         except Exception as error:
             if saver.busy:
                 log.error("%s: %s; ends once the save under way has", type(error).__name__, error)
-            with suppress(Superseded):  # what ended the run is to be told, not this
+            with group.watch.section("commit"), suppress(Superseded):  # what ended the run is to be told, not this
                 saver.settle()  # a save that had begun may still commit
+            loop.list_what_is_left()
             raise
+
+
+def warm(values: dict[str, Any]) -> None:
+    """Do what `train` with this configuration does once per process, whatever its rank: imports, and a store's client.
+
+    Called by a worker that waits for its rank, so that nothing of it lies between a death and the next step.
+    """
+    config = parse_train_config(values, "run")
+    open_store(store_uri(config))
+    torch.optim.AdamW([torch.zeros(1)])  # the first one imports torch._dynamo: two seconds
+    if config.zero.stage:
+        importlib.import_module("trainer.engine.deepspeed_engine")
 
 
 def make_tracker(config: TrainConfig, attempt: int, mlflow_run_id: str | None) -> Tracker:
@@ -177,19 +193,13 @@ def make_trainee(config: TrainConfig, group: Group, starts: dict[str, StateDict]
     recipe = make_recipe(config)
     engines: dict[str, Engine] = {}
     for name, part in recipe.parts().items():
-        torch.manual_seed(key64("initialise", config.seed, name))
         engines[name] = make_engine(name, part, config, group, (starts or {}).pop(name, None))
     return Trainee(recipe, config, group, engines)
 
 
 def make_engine(name: str, part: Part, config: TrainConfig, group: Group, start: StateDict | None = None) -> Engine:
     """The engine that `zero.stage` and the part's own needs ask for. Raises UserError if DeepSpeed is not installed."""
-    module = part.build()
-    if start:
-        with torch.no_grad():
-            for parameter_name, parameter in module.named_parameters():
-                if parameter_name in start:
-                    parameter.copy_(start.pop(parameter_name))
+    module = initial_module(name, part, config.seed, start)
     if config.zero.stage == 0 or part.hold == "replicated":
         return ReplicatedEngine(name, module, config, group)
     # Before the import, which else takes the GPU of a machine that has one.

@@ -99,9 +99,11 @@ def draw_images(
     prompts: Sequence[str],
     settings: SamplingSettings,
     seed: int,
+    progress: Progress = unwatched,
 ) -> Pixels:
     """uint8 [n, H, W, 3] for n prompts at the positions 0 to n - 1."""
-    return Sampler(recipe, modules, settings, seed).draw(prompts, np.arange(len(prompts), dtype=np.int64))
+    sampler = Sampler(recipe, modules, settings, seed)
+    return sampler.draw(prompts, np.arange(len(prompts), dtype=np.int64), progress=progress)
 
 
 class Edit(NamedTuple):

@@ -43,30 +43,30 @@ class Trainee:
 def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: int) -> dict[str, float | str]:
     """One update of every phase on the global batch that starts at `position`.
 
-    Returns figures to log, equal on all ranks; a refused update adds `skipped`: its reason. Raises UserError when the
-    guard halts the run.
+    Returns figures to log, equal on all ranks; a refused update adds `skipped`: its reason. Where the guard wants the
+    run taken back, `rollback` has the reason instead, and phases that would follow are left out. Raises UserError when
+    the guard halts the run.
     """
     figures: dict[str, float | str] = {}
     lr = lr_at(position, trainee.config.lr, trainee.config.warmup_images)
-    phases = trainee.recipe.phases()
+    phases, watch = trainee.recipe.phases(), trainee.group.watch
     for phase in phases:
         if not phase.active(position // trainee.config.batch):
             continue
         engine = trainee.engines[phase.part]
-        with only_trained(trainee.engines, phase.part):
-            values = (phase.accumulate or accumulate)(trainee, phase, micro_batches, position)
-        values = trainee.group.sum_(values).cpu()
+        values = backward_of(trainee, phase, micro_batches, position)
         losses = dict(zip(phase.terms, values[: len(phase.terms)].mean(dim=1).tolist(), strict=True))
         seen: dict[str, float | str] = {}
         updates = engine.optimizer_steps()
-        decision = engine.update(lr, partial(ask_guard, trainee, phase.label, losses["total"], seen))
-        if decision is Decision.CONTINUE:
-            update_ema(engine.shard_view(), ema_decay_at(updates, trainee.config.ema))
-        elif decision is Decision.HALT:
+        with watch.section("update"):
+            decision = engine.update(lr, partial(ask_guard, trainee, phase.label, losses["total"], position, seen))
+            if decision is Decision.CONTINUE:
+                update_ema(engine.shard_view(), ema_decay_at(updates, trainee.config.ema))
+        if decision is Decision.HALT:
             raise UserError(
                 f"run {trainee.config.run}, part {phase.label}, at {position} images",
-                f"fewer than {trainee.config.guard.halt_after} refused updates in a row",
-                f"that many, the last because {seen['skipped']}",
+                f"to get further within {trainee.config.guard.halt_after} rollbacks",
+                f"as many, and again {seen['rollback']}",
                 "look at the curves before it; the checkpoints before it stand",
             )
         if decision is Decision.SKIP:
@@ -78,16 +78,32 @@ def train_step(trainee: Trainee, micro_batches: Sequence[MicroBatch], position: 
             seen["loss_scale"] = scale["cur_scale"]
         prefix = f"{phase.label}/" if len(phases) > 1 else ""
         figures.update({f"{prefix}{name}": value for name, value in seen.items()})
+        if decision is Decision.ROLLBACK:
+            break  # all parts go back together
     return {**figures, "lr": lr}
 
 
-def ask_guard(trainee: Trainee, phase: str, loss: float, seen: dict[str, float | str], norm: float) -> Decision:
+def backward_of(trainee: Trainee, phase: Phase, micro_batches: Sequence[MicroBatch], position: int) -> Tensor:
+    """`phase`'s gradients into its engine, and its values per sample of the global batch that starts at `position`, as
+    `accumulate` returns them, summed over ranks, in host memory. A collective call."""
+    watch = trainee.group.watch
+    with only_trained(trainee.engines, phase.part):
+        values = (phase.accumulate or accumulate)(trainee, phase, micro_batches, position)
+    with watch.section("backward"):
+        watch.await_gpu()  # before the collective calls: there a GPU that hangs would look as those that wait for it
+    with watch.section("reduce"):
+        return trainee.group.sum_(values).cpu()
+
+
+def ask_guard(
+    trainee: Trainee, phase: str, loss: float, position: int, seen: dict[str, float | str], norm: float
+) -> Decision:
     """The guard's decision on an update of `phase`; its history goes on, what it saw goes into `seen`."""
-    verdict = judge(trainee.guards.get(phase, GuardHistory()), loss, norm, trainee.config.guard)
+    verdict = judge(trainee.guards.get(phase, GuardHistory()), loss, norm, trainee.config.guard, position)
     trainee.guards[phase] = verdict.history
     seen["grad_norm"] = norm
     if verdict.reason:
-        seen["skipped"] = verdict.reason
+        seen["skipped" if verdict.decision is Decision.SKIP else "rollback"] = verdict.reason
     return verdict.decision
 
 
@@ -97,19 +113,20 @@ def accumulate(trainee: Trainee, phase: Phase, micro_batches: Sequence[MicroBatc
     Returns the phase's terms and observed values per sample of the global batch, those of other ranks 0: float64
     [terms + observed, B], of which the sum over ranks is every sample's value, exactly.
     """
-    engine, device = trainee.engines[phase.part], trainee.group.device
+    engine, device, watch = trainee.engines[phase.part], trainee.group.device, trainee.group.watch
     names = (*phase.terms, *phase.observed)
     values = torch.zeros(len(names), trainee.config.batch, dtype=torch.float64, device=device)
     for micro in micro_batches:
         # A rank whose share is used up goes through the same collective calls, with weight 0.
         mine = len(micro.positions)
         seed_dropout(micro, trainee.group.rank)
-        with engine.precision_context():
+        with watch.section("forward"), engine.precision_context():
             losses = phase.loss(trainee.modules, on_device(micro.batch, device), micro.draws)
-        engine.backward(losses["total"].sum() * (float(mine > 0) / trainee.config.batch))
+        with watch.section("backward"):
+            engine.backward(losses["total"].sum() * (float(mine > 0) / trainee.config.batch))
         if mine:
-            begin = int(micro.positions[0]) - position
-            values[:, begin : begin + mine] = torch.stack([losses[name].detach().double() for name in names])
+            places = torch.from_numpy(micro.positions - position).to(device)
+            values[:, places] = torch.stack([losses[name].detach().double() for name in names])
     return values
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from data_pipeline.config import state_folder
+from data_pipeline.draws import key64
 from data_pipeline.errors import UserError
 from data_pipeline.storage import ObjectStore, open_store
 from trainer.checkpoint.load import fill, refuse_other_model
@@ -52,9 +54,10 @@ class Checkpoint:
     def uri(self) -> str:
         return f"{self.store.uri}/{self.name.folder.rstrip('/')}"
 
-    @property
+    @cached_property
     def manifest_sha256(self) -> str:
-        """Digest of the stored manifest, by which children know their parent whatever its format."""
+        """Digest of the stored manifest, by which children know their parent whatever its format. Kept: retention may
+        remove the checkpoint once its weights are read."""
         return hashlib.sha256(self.store.get(self.name.manifest_key)).hexdigest()
 
 
@@ -160,6 +163,18 @@ def start_of(config: TrainConfig, lineage: Mapping[str, Mapping[str, Any]]) -> d
             mine = parts[name].build()
         starts[name] = fitted(parent, name, parts[name], mine, whole[name])
     return starts
+
+
+def initial_module(name: str, part: Part, seed: int, start: StateDict | None = None) -> nn.Module:
+    """A part as a run begins with it: built from the seed, or with the weights of `start`, which is emptied on the
+    way."""
+    torch.manual_seed(key64("initialise", seed, name))
+    module = part.build()
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            if start and key in start:
+                parameter.copy_(start.pop(key))
+    return module
 
 
 def refuse_other_settings(parent: Checkpoint, part: Part, config: TrainConfig) -> None:

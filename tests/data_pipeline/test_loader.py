@@ -15,6 +15,7 @@ from numbered_shards import DistantStore, write_numbered
 
 from data_pipeline.arrow_files import write_arrow
 from data_pipeline.draws import Draws
+from data_pipeline.errors import UserError
 from data_pipeline.families import KNOWN_FAMILIES
 from data_pipeline.loader import Column, Loader, LoaderSettings, Rows, read_rows
 from data_pipeline.order import SampleOrder, micro_batches
@@ -116,14 +117,17 @@ def shorten(folder: Path, shard: int, to: int) -> None:
     os.truncate(next(folder.rglob(f"shard-{shard:05d}.arrow")), to)
 
 
-def ids_and_places(dataset: Dataset, world: int, settings: LoaderSettings = SUBSTITUTE) -> tuple[list[int], list]:
+def ids_and_places(
+    dataset: Dataset, world: int, settings: LoaderSettings = SUBSTITUTE, quarantined: tuple[int, ...] = ()
+) -> tuple[list[int], list]:
     """The ids that all ranks together read in 25 global batches of 60, in order; and what was replaced."""
     order = SampleOrder(dataset.id, dataset.shard_rows, 1, 60)
     columns = (Column("base", "n_tokens"), Column("base", "image64"))
     ids, replaced = np.zeros(1500, np.uint64), []
     for rank in range(world):
         cut = micro_batches(60, rank, world, 7)
-        for step in Loader(dataset, order, columns, lambda rows, draws: rows, cut, settings).batches(0, 1500):
+        loader = Loader(dataset, order, columns, lambda rows, draws: rows, cut, settings, quarantined=quarantined)
+        for step in loader.batches(0, 1500):
             for micro in step:
                 ids[micro.positions] = micro.ids
                 replaced += micro.replaced
@@ -170,6 +174,33 @@ def test_a_shard_that_is_gone_is_replaced_by_the_next_and_nothing_whole_is_an_er
         shorten(copied, shard, 100)
     with pytest.raises(ShardDamaged, match=r"shard-0000.\.arrow: expected [0-9]+ bytes, found"):
         ids_and_places(open_dataset(str(copied)), 1)
+
+
+def test_rows_of_a_quarantined_shard_are_replaced_alike_at_every_world_size_and_damage_still_stops(
+    copied: Path,
+) -> None:
+    dataset = open_dataset(str(copied))
+    whole = expected_ids(dataset)
+    shards, rows = np.divmod(whole, 10_000)
+    found, replaced = ids_and_places(dataset, 1, LoaderSettings(), quarantined=(0,))
+    # Shard 1 has 300 rows: batch 0 goes to its batch 0, batch 1 to its last 44 rows, batch 2 to its batch 0.
+    batch, place = np.divmod(rows, 256)
+    expected = np.where(shards == 0, 10_000 + np.where(batch == 1, 256 + place % 44, place), whole)
+    assert found == expected.tolist() and replaced == [(0, None)] * int((shards == 0).sum())
+    order = SampleOrder(dataset.id, dataset.shard_rows, 1, 60)
+    loader = Loader(
+        dataset, order, (Column("base", "n_tokens"),), lambda rows, draws: rows, [(0, 60)], quarantined=(0,)
+    )
+    assert set(loader.shards_at(np.arange(1500)).tolist()) == {1, 2}
+    for world in (2, 7):
+        assert ids_and_places(dataset, world, LoaderSettings(), quarantined=(0,)) == (found, replaced)
+    with pytest.raises(UserError, match="quarantine: expected a shard that is not in it, found all shards"):
+        ids_and_places(dataset, 1, quarantined=(0, 1, 2))
+    damage(copied, 1, 0)
+    with pytest.raises(ShardDamaged, match=r"shard-00001\.arrow batch 0: expected crc32"):
+        ids_and_places(open_dataset(str(copied)), 1, LoaderSettings(), quarantined=(0,))
+    found, replaced = ids_and_places(open_dataset(str(copied)), 1, quarantined=(0,))
+    assert set(replaced) == {(0, None), (1, 0)} and min(found) >= 10_256
 
 
 def test_shards_that_were_swapped_are_named_and_rows_of_a_whole_one_take_their_place(copied: Path) -> None:

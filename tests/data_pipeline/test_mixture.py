@@ -24,6 +24,7 @@ def test_a_mixture_of_a_bucket_and_a_folder_gives_the_rows_of_both_and_fetches_t
     near, far = open_dataset(dataset_uri), open_dataset(moto_uri)
     mixture = Mixture([near, far], [Fraction(1), Fraction(3)])
     assert mixture.distant and mixture.shard_bytes("base", 0) == 0 < mixture.shard_bytes("base", 3)
+    assert [mixture.shard_label(shard) for shard in (2, 3)] == [(near.id, "shard-00002"), (far.id, "shard-00000")]
 
     before = set((state_folder / "cache").iterdir())
     assert mixture.fetch("base", 0) is None, "it lies in a folder"

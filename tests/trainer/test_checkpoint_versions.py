@@ -1,7 +1,9 @@
-"""Formats of checkpoints: what format 1 wrote is listed, verified, resumed and sampled; a newer one is refused by name.
+"""Formats of checkpoints: what an older one wrote is listed, verified, resumed and sampled; a newer one is refused by
+name.
 
-`tests/data/checkpoint-format-1` was written by the version of commit d96347d, the last of format 1: two ranks, two
-updates of `small_recipe` on the dataset of `conftest.py`. A format that replaces today's gets its own such folder.
+`tests/data/checkpoint-format-<n>` was written by the last version of format n (1: commit d96347d, 2: 0f3c1d3): two
+ranks, two updates of `small_recipe` on the dataset of `conftest.py`. A format that replaces today's gets its own such
+folder.
 """
 
 from __future__ import annotations
@@ -34,14 +36,20 @@ from trainer.run import prepare_run, train
 from trainer.sampling import draw_images
 from trainer.weights import load_trained, open_checkpoint
 
-WRITTEN = Path(__file__).parents[1] / "data" / "checkpoint-format-1"
+WRITTEN = Path(__file__).parents[1] / "data"
 NAME = CheckpointName(32, 1)
 
 
+@pytest.fixture(params=["1", "2"])
+def written_by(request: pytest.FixtureRequest) -> str:
+    """The number of an older format."""
+    return str(request.param)
+
+
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
+def store(written_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
     monkeypatch.setitem(RECIPES, "small", (TrainConfig, SmallRecipe))
-    shutil.copytree(WRITTEN, tmp_path / "run")
+    shutil.copytree(WRITTEN / f"checkpoint-format-{written_by}", tmp_path / "run")
     return LocalStore(tmp_path / "run")
 
 
@@ -55,11 +63,16 @@ def values_in_parts(store: LocalStore) -> dict[str, np.ndarray[Any, Any]]:
     return {name: np.concatenate([values for _, values in sorted(found)]) for name, found in pieces.items()}
 
 
-def test_a_run_of_format_1_goes_on_at_another_world_size(
-    store: LocalStore, dataset_uri: str, state_folder: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+def test_a_run_of_an_older_format_goes_on_at_another_world_size(
+    store: LocalStore,
+    written_by: str,
+    dataset_uri: str,
+    state_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
 ) -> None:
     written = json.loads((store.root / NAME.manifest_key).read_bytes())
-    assert written["format"] == "glidepath-checkpoint-1" and written["world_size"] == 2
+    assert written["format"] == f"glidepath-checkpoint-{written_by}" and written["world_size"] == 2
     opened: Callable[..., None] = Dataset.__init__
 
     def opened_as_it_was(self: Dataset, *arguments: Any) -> None:
@@ -76,13 +89,13 @@ def test_a_run_of_format_1_goes_on_at_another_world_size(
     assert [event["images"] for event in events if event["event"] == "progress"] == [48, 64]
     after = read_manifest(store, committed(store)[0].manifest_key)
     assert (after.position, after.attempt, after.world_size) == (64, 2, 1)
-    assert after.format == "glidepath-checkpoint-2" and after.order == written["order"] | {"position": 64}
+    assert after.format == "glidepath-checkpoint-3" and after.order == written["order"] | {"position": 64}
     assert after.optimizer_steps == {"net": 4} and after.recipe_state == {"updates": 4}
     assert after.guard["net"]["losses"][:2] == written["guard"]["net"]["losses"]
     assert after.guard["net"]["accepted"] == 4 and after.parameters == written["parameters"]
 
 
-def test_format_1_is_listed_verified_and_sampled(store: LocalStore) -> None:
+def test_an_older_format_is_listed_verified_and_sampled(store: LocalStore) -> None:
     (row,) = list_checkpoints(store.uri)
     assert (row["images"], row["world_size"], row["bytes"], row["verified"]) == (32, 2, 1832 + 1528, True)
     assert verify_checkpoints(store.uri) == []
@@ -113,17 +126,17 @@ def test_a_newer_format_is_refused_by_name_and_left_alone(store: LocalStore) -> 
     document = unseal(manifest.read_bytes())
     del document["sha256"]
     newer = CheckpointName(48, 1)
-    store.put(newer.manifest_key, [seal(document | {"format": "glidepath-checkpoint-3", "position": 48})])
+    store.put(newer.manifest_key, [seal(document | {"format": "glidepath-checkpoint-4", "position": 48})])
     part = f"{newer.folder}part-00000-of-00001.newer"
     store.put(part, [b"what it may hold is not known"])
-    line = "expected format glidepath-checkpoint-1 or glidepath-checkpoint-2, found glidepath-checkpoint-3"
+    line = "expected format .*-1 or .*-2 or glidepath-checkpoint-3, found glidepath-checkpoint-4"
     with pytest.raises(UserError, match=f"{newer.manifest_key}: {line}; use the version of Glidepath that wrote it"):
         load_trained(store.uri)
     with pytest.raises(OtherFormat):  # not passed over: an older one would silently undo what the newer version did
         read_manifest(store, newer.manifest_key)
     assert [row["verified"] for row in list_checkpoints(store.uri)] == [False, True]
     (bad,) = verify_checkpoints(store.uri)
-    assert bad["part"] == f"{newer}/manifest.json" and bad["found"] == "glidepath-checkpoint-3"
+    assert bad["part"] == f"{newer}/manifest.json" and bad["found"] == "glidepath-checkpoint-4"
     assert sweep(store, 9) == 0
     rows = prune(store, CheckpointSettings(keep_newest=1), dry_run=False)
     assert [row["why"] for row in rows] == ["its manifest cannot be read as one of this run", "newest"]
@@ -139,7 +152,7 @@ def test_a_newer_format_is_refused_by_name_and_left_alone(store: LocalStore) -> 
     ],
 )
 def test_a_manifest_unlike_its_format_is_damaged_and_says_which_key(
-    store: LocalStore, changes: dict[str, Any], found: str
+    store: LocalStore, written_by: str, changes: dict[str, Any], found: str
 ) -> None:
     manifest = store.root / NAME.manifest_key
     document = unseal(manifest.read_bytes())
@@ -148,4 +161,6 @@ def test_a_manifest_unlike_its_format_is_damaged_and_says_which_key(
         changes = {"parts": [{**document["parts"][0], **changes["parts"][0]}]}
     manifest.write_bytes(seal(document | changes))
     (bad,) = verify_checkpoints(store.uri)
-    assert bad["expected"] == "the keys of glidepath-checkpoint-1" and f"found {bad['found']}".startswith(found)
+    assert bad["expected"] == f"the keys of glidepath-checkpoint-{written_by}" and f"found {bad['found']}".startswith(
+        found
+    )

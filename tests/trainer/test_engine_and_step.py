@@ -160,13 +160,13 @@ def test_a_micro_batch_that_stands_in_for_an_empty_share_adds_nothing(train_valu
 
 
 def test_a_step_whose_loss_is_not_a_number_is_refused_and_a_row_of_them_halts(train_values: Values) -> None:
-    trainee = two_part_trainee(config_of(train_values, guard={"halt_after": 2}))
+    trainee = two_part_trainee(config_of(train_values, guard={"rollback_after": 2, "halt_after": 0}))
     bad = [micro_batch(torch.full((4, 4), math.nan), begin) for begin in (0, 4)]
     before = [p.detach().clone() for p in trainee.engines["first"].module.parameters()]
     assert "loss is nan" in str(train_step(trainee, bad[:1], 0)["first/skipped"])
     for now, then in zip(trainee.engines["first"].module.parameters(), before, strict=True):
         torch.testing.assert_close(now.detach(), then, rtol=0, atol=0)
-    with pytest.raises(UserError, match="fewer than 2 refused updates in a row"):
+    with pytest.raises(UserError, match="2 refused updates in a row, the last because loss is nan"):
         train_step(trainee, bad[1:], 4)
 
 

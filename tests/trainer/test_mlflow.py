@@ -32,6 +32,7 @@ from trainer.tracking.mlflow import (
     first_heldout,
     list_runs,
     open_run,
+    store_results,
 )
 from trainer.tracking.server import tracking_uri
 from trainer.tracking.spool import Point, ServerFailed
@@ -318,6 +319,31 @@ def test_a_tracker_killed_at_any_moment_leaves_no_gap_and_no_double_behind_it(se
         tracker.log(images, {"loss": -1.0, "time/step_s": -1.0})
     assert tracker.close() == []
     assert server.steps(run_id, "loss") == server.steps(run_id, "time/step_s") == updates(end // 16)
+
+
+def test_results_are_one_child_run_with_one_point_of_each_figure_however_often_they_are_sent(
+    server: RealServer, tmp_path: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    parent = open_run(server.uri, about("evaluated"))
+    (tmp_path / "result.json").write_text("{}")
+    figures = {"fid/noised-clip-ab12cd34": 12.5, "clip_score/noised-clip-ab12cd34": 0.25}
+    run_ids = {
+        store_results(
+            server.uri, "evaluation", "digest-1", "evaluated, guidance 3", 64, figures, tmp_path, "identity-evaluated",
+            {"checkpoint": f"{store}/images-64", "sampling.guidance_scale": "3.0"},
+        )
+        for store in ("s3://runs", "s3://moved")
+    }  # fmt: skip
+    (run_id,) = run_ids
+    run = MlflowClient(tracking_uri=server.uri).get_run(run_id)
+    assert (run.data.tags["mlflow.parentRunId"], run.info.status) == (parent, "FINISHED")
+    assert run.data.metrics == figures and run.data.params["sampling.guidance_scale"] == "3.0"
+    assert server.steps(run_id, "fid/noised-clip-ab12cd34") == {64: 1}
+    assert "evaluated, guidance 3" not in [known.run for known in list_runs(server.uri)]  # no training run
+    alone = store_results(server.uri, "evaluation", "digest-2", "of an import", 0, figures, tmp_path, "identity-absent")
+    assert "mlflow.parentRunId" not in MlflowClient(tracking_uri=server.uri).get_run(alone).data.tags
 
 
 def test_a_server_that_does_not_answer_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

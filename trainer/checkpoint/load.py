@@ -197,13 +197,23 @@ def restore_newest(
     parameters: dict[str, int],
     order: OrderState,
     run: str | None = None,
+    not_after: int | None = None,
 ) -> Restored | None:
     """Fill `wanted` from the newest checkpoint of `run` that verifies on all ranks; None if the run has none yet.
 
-    Raises UserError if the model or dataset is another one, or if there are checkpoints and none verifies.
+    `not_after`: look at checkpoints up to that position only. Raises UserError if the model or dataset is another one,
+    or if there are checkpoints and none up to there verifies.
     """
     found = [(name.position, name.attempt) for name in committed(store)] if group.rank == 0 else []
-    names = [CheckpointName(*pair) for pair in group.broadcast(found)]
+    all_names = [CheckpointName(*pair) for pair in group.broadcast(found)]
+    names = [name for name in all_names if not_after is None or name.position <= not_after]
+    if all_names and not names:
+        raise UserError(
+            f"run store {store.uri}",
+            f"a checkpoint of at most {not_after} images to go back to",
+            f"none before {all_names[-1]}",
+            "keep more of them (checkpoint.keep_newest); those that are there stand",
+        )
     passed_over: list[str] = []
     for number, name in enumerate(names):
         manifest: Manifest | None = None

@@ -20,8 +20,10 @@ from data_pipeline.manifests import NotSealed, seal, unseal
 from data_pipeline.storage import ObjectNotFound, ObjectStore
 from trainer.checkpoint.parts import CheckpointDamaged, PartInfo
 
-FORMAT = "glidepath-checkpoint-2"
-READABLE = ("glidepath-checkpoint-1", FORMAT)  # 1 had neither `figures` nor parts in another checkpoint's folder
+FORMAT = "glidepath-checkpoint-3"
+# 1 had neither `figures` nor parts in another checkpoint's folder; 2 had no rollbacks in the guard's history, and no
+# `quarantined` in the order. Versions that read 2 at most would go on without either.
+READABLE = ("glidepath-checkpoint-1", "glidepath-checkpoint-2", FORMAT)
 CHECKPOINTS = "checkpoints/"
 _FOLDER = re.compile(r"checkpoints/images-(\d{9,})/attempt-(\d+)/")
 

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.manifests import NotSealed, seal, unseal
 from data_pipeline.storage import ObjectNotFound, ObjectStore, StoreError
 from trainer.checkpoint.attempts import Superseded, newest_attempt
+from trainer.checkpoint.load import Restored
 from trainer.checkpoint.manifest import CheckpointName, Manifest, part_file
 from trainer.checkpoint.parts import PartInfo, encode_part
 from trainer.checkpoint.retention import Retention
@@ -61,6 +62,10 @@ class RunIdentity:
     config: dict[str, Any]
     code_version: str
     lineage: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def nothing() -> None:
+    pass
 
 
 class Deadline:
@@ -143,6 +148,38 @@ def commit(
     deadline = Deadline(deadline_s)
     name = CheckpointName(position, identity.attempt)
     parts = tuple(_await_receipt(store, name, rank, deadline) for rank in range(identity.world_size))
+    _put_manifest(store, identity, name, parts, state, deadline)
+    _delete_receipts(store, name, identity.world_size)
+    return name
+
+
+def refer(
+    store: ObjectStore, identity: RunIdentity, position: int, other: Restored, state: dict[str, Any], deadline_s: float
+) -> CheckpointName:
+    """Rank 0: commit at `position` a checkpoint whose parts are those of `other`, in the folders where they lie.
+
+    Raises SaveFailed or Superseded, and then nothing is visible.
+    """
+    name = CheckpointName(position, identity.attempt)
+    folder = other.name.folder
+    parts = tuple(part.model_copy(update={"folder": part.folder or folder}) for part in other.manifest.parts)
+    its = replace(identity, world_size=other.manifest.world_size, zero_stage=other.manifest.zero_stage)
+    try:
+        _put_manifest(store, its, name, parts, state, Deadline(deadline_s))
+    except OSError as error:
+        raise SaveFailed(name, "its manifest in the store", str(error)) from None
+    return name
+
+
+def _put_manifest(
+    store: ObjectStore,
+    identity: RunIdentity,
+    name: CheckpointName,
+    parts: tuple[PartInfo, ...],
+    state: dict[str, Any],
+    deadline: Deadline,
+) -> None:
+    """The commit. Raises as `commit` does."""
     try:
         newest = insist(name, lambda: newest_attempt(store), deadline)
     except OSError as error:
@@ -157,7 +194,7 @@ def commit(
     manifest = Manifest(
         run=identity.run,
         attempt=identity.attempt,
-        position=position,
+        position=name.position,
         world_size=identity.world_size,
         zero_stage=identity.zero_stage,
         parameters=identity.parameters,
@@ -175,8 +212,6 @@ def commit(
             raise SaveFailed(name, "no manifest there", "one of another writer")
 
     insist(name, put_manifest, deadline)
-    _delete_receipts(store, name, identity.world_size)
-    return name
 
 
 def _delete_receipts(store: ObjectStore, name: CheckpointName, world_size: int) -> None:
@@ -246,6 +281,8 @@ class Saver:
     ) -> None:
         """`retention`: rank 0's, which is told of every commit."""
         self.store, self.identity, self.deadline_s, self.retention = store, identity, deadline_s, retention
+        # Rank 0's: stores what has to be there once a checkpoint is; called again when it raises OSError.
+        self.before_commit: Callable[[], None] = nothing
         self.committed: CheckpointName | None = None  # newest commit, known to rank 0
         self.failures = 0  # saves that did not commit while training went on
         self.memory = HostMemory()
@@ -268,6 +305,20 @@ class Saver:
         thread = threading.Thread(target=self._run, args=(snapshot, state), name="save", daemon=True)
         self._save = _Save(name, Deadline(self.deadline_s), thread)
         thread.start()
+
+    def refer(self, position: int, other: Restored, state: dict[str, Any]) -> None:
+        """Rank 0, on the main thread: commit the state of another checkpoint at `position`. Returns once it is there.
+
+        Raises SaveFailed, Superseded.
+        """
+        name = CheckpointName(position, self.identity.attempt)
+        try:
+            insist(name, self.before_commit, Deadline(self.deadline_s))
+        except OSError as error:
+            raise SaveFailed(name, "what goes before it in the store", str(error)) from None
+        self.committed = refer(self.store, self.identity, position, other, state, self.deadline_s)
+        if self.retention is not None:
+            self.retention.begin(name)
 
     def poll(self) -> SaveFailed | None:
         """Why the save that began last will not be a checkpoint, once that is known; said once, and counted.
@@ -331,6 +382,7 @@ class Saver:
         if rank > 0:
             return
         try:
+            insist(save.name, self.before_commit, save.deadline)
             self.committed = commit(self.store, self.identity, position, state, max(save.deadline.left_s(), 0.0))
         except SaveFailed:
             self._left_behind.append(save.name)

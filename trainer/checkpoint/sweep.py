@@ -48,7 +48,7 @@ def sweep(store: ObjectStore, attempt: int, before: int | None = None) -> int:
             return number_of(key) <= attempt
         # A stop may be asked for right now; whatever else lies here is not this run's. These do not say whose they
         # are: only before an attempt begins is none of them under way.
-        return before is None and key.startswith(("samples/", "tracking/"))
+        return before is None and key.startswith(("samples/", "skipped/", "tracking/", "driver/"))
 
     return swept + store.sweep_uploads("", ours_to_take)
 

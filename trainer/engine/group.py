@@ -1,6 +1,7 @@
 """Group: the ranks of a run and the few collectives that Glidepath itself needs of them.
 
-Always holds: called on the main thread only, by every rank in the same order; with one rank it needs no process group.
+Always holds: called on the main thread only, by every rank in the same order; a rank that waits for others in one is in
+the watch's section `reduce`; with one rank it needs no process group.
 """
 
 from __future__ import annotations
@@ -16,17 +17,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.watch import Watch
+
 
 class Group:
-    """This rank's place among `world_size` ranks, and the device it computes on. `open_group` makes one."""
+    """This rank's place among `world_size` ranks, the device it computes on, and where its main thread is (`watch`).
+    `open_group` makes one."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, device: str = "cpu") -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, device: str = "cpu", watch: Watch | None = None) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.watch = watch or Watch()
+        if self.device.type == "cuda":
+            self.watch.on_gpu(self.device)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with self.watch.section("reduce"):
+                dist.all_reduce(tensor)
         return tensor
 
     def all_agree(self, good: bool) -> bool:
@@ -45,11 +53,12 @@ class Group:
             return document
         data = json.dumps(document).encode() if self.rank == 0 else b""
         size = torch.tensor(len(data))
-        dist.broadcast(size, 0)
-        payload = torch.zeros(int(size), dtype=torch.uint8)
-        if self.rank == 0:
-            payload.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(payload, 0)
+        with self.watch.section("reduce"):
+            dist.broadcast(size, 0)
+            payload = torch.zeros(int(size), dtype=torch.uint8)
+            if self.rank == 0:
+                payload.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            dist.broadcast(payload, 0)
         return json.loads(bytes(payload.numpy()))
 
     def ensure_process_group(self) -> None:
@@ -64,7 +73,12 @@ class Group:
 
 
 def open_group(
-    rank: int, world_size: int, rendezvous: str, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 3600.0
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    device: Literal["cpu", "cuda"] = "cpu",
+    timeout_s: float = 3600.0,
+    watch: Watch | None = None,
 ) -> Group:
     """Meet the other ranks at `rendezvous`, a URI that torch.distributed takes, such as file:///…
 
@@ -81,7 +95,7 @@ def open_group(
             timeout=datetime.timedelta(seconds=timeout_s),
         )
     if device == "cpu":
-        return Group(rank, world_size)
+        return Group(rank, world_size, watch=watch)
     number = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(number)
-    return Group(rank, world_size, f"cuda:{number}")
+    return Group(rank, world_size, f"cuda:{number}", watch)

@@ -42,6 +42,7 @@ class ReplicatedEngine:
         self._share = (size * group.rank // group.world_size, size * (group.rank + 1) // group.world_size)
         self._ema = self._master[slice(*self._share)].clone()
         self._make_optimizer(config)
+        self._view = list(self._cut_share())
 
     def _make_optimizer(self, config: TrainConfig) -> None:
         flat = nn.Parameter(self._master)
@@ -75,6 +76,9 @@ class ReplicatedEngine:
         return decision
 
     def shard_view(self) -> Iterator[Interval]:
+        return iter(self._view)  # cut once: the state stays where it is, and the EMA goes through it at every step
+
+    def _cut_share(self) -> Iterator[Interval]:
         begin, end = self._share
         yield from self._intervals("master", self._master[begin:end], begin)
         yield from self._intervals("exp_avg", self._moments["exp_avg"][begin:end], begin)

@@ -6,7 +6,7 @@ can be right, or those of another row (`shuffled`), to see whether the model lis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -21,11 +21,16 @@ from trainer.config import HeldoutSettings, TrainConfig
 from trainer.engine.group import Group
 from trainer.recipes import make_recipe
 from trainer.recipes.recipe import Recipe, on_device
+from trainer.stop import StopAsked
 
 Captions = Literal["right", "shuffled"]
 CAPTION_COLUMNS = ("caption", "tokens", "n_tokens")
 EVALUATION_SEED = 20_211_220  # fixed: figures of different runs and seeds compare
 EVALUATION_BATCH = 16
+
+
+def never() -> bool:
+    return False
 
 
 def heldout_loss(
@@ -35,10 +40,12 @@ def heldout_loss(
     settings: HeldoutSettings,
     group: Group,
     captions: Captions = "right",
+    stop_asked: Callable[[], bool] = never,
 ) -> dict[str, float]:
     """Mean of every loss term over `settings.images` held-out rows (cut to whole batches); a collective call.
 
-    `modules` must be in evaluation mode. With `captions="shuffled"` each row has its neighbour's caption.
+    `modules` must be in evaluation mode. With `captions="shuffled"` each row has its neighbour's caption. Raises
+    StopAsked, on every rank, soon after `stop_asked` says so on one.
     """
     recipe = make_recipe(config.for_evaluation())
     phases = recipe.phases()
@@ -47,7 +54,7 @@ def heldout_loss(
     def prepare(rows: Rows, draws: Draws) -> Any:
         return recipe.prepare(rows if captions == "right" else shuffled_captions(rows), draws)
 
-    images, share = _share(config, recipe, dataset, prepare, settings.images, group)
+    images, share = _share(config, recipe, dataset, prepare, settings.images, group, stop_asked)
     values = {phase: torch.zeros(len(names[phase]), images, dtype=torch.float64) for phase in phases}
     with torch.no_grad():
         for micro in share:
@@ -64,12 +71,18 @@ def heldout_loss(
 
 
 def heldout_bits_per_dimension(
-    config: TrainConfig, modules: Mapping[str, nn.Module], dataset: Dataset, images: int, group: Group
+    config: TrainConfig,
+    modules: Mapping[str, nn.Module],
+    dataset: Dataset,
+    images: int,
+    group: Group,
+    stop_asked: Callable[[], bool] = never,
 ) -> float:
     """Mean upper bound on the bits per dimension of `images` held-out rows (cut to whole batches), for a recipe that
-    has one. Runs the network once for every timestep of the process. A collective call."""
+    has one. Runs the network once for every timestep of the process. A collective call; raises StopAsked as
+    `heldout_loss` does."""
     recipe = make_recipe(config.for_evaluation())
-    count, share = _share(config, recipe, dataset, recipe.prepare, images, group)
+    count, share = _share(config, recipe, dataset, recipe.prepare, images, group, stop_asked)
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for micro in share:
@@ -79,11 +92,18 @@ def heldout_bits_per_dimension(
 
 
 def _share(
-    config: TrainConfig, recipe: Recipe, dataset: Dataset, prepare: Prepare, images: int, group: Group
+    config: TrainConfig,
+    recipe: Recipe,
+    dataset: Dataset,
+    prepare: Prepare,
+    images: int,
+    group: Group,
+    stop_asked: Callable[[], bool],
 ) -> tuple[int, Iterator[MicroBatch]]:
     """How many held-out rows all ranks judge together, and this rank's batches of them.
 
-    Every rank takes whole batches, so that shuffling stays inside a batch whatever the world size. A collective call.
+    Every rank takes whole batches, so that shuffling stays inside a batch whatever the world size. A collective call,
+    and so is going through the batches.
     """
     batch = min(EVALUATION_BATCH, dataset.rows, images)
     order = SampleOrder(dataset.id, dataset.shard_rows, EVALUATION_SEED, batch)
@@ -92,13 +112,19 @@ def _share(
     loading = config.loader.model_copy(update={"on_damage": "stop"})
     cut = micro_batches(batch, 0, 1, batch)
     loader = Loader(dataset, order, recipe.columns, prepare, cut, loading, group.ranks_here())
-    return images, _batches_at(loader, range(batch * group.rank, images, batch * group.world_size))
+    return images, _batches_of(loader, images, group, stop_asked)
 
 
-def _batches_at(loader: Loader, starts: range) -> Iterator[MicroBatch]:
-    for start in starts:
-        for micro_batch_list in loader.batches(start, start + loader.order.batch):
-            yield from micro_batch_list
+def _batches_of(loader: Loader, images: int, group: Group, stop_asked: Callable[[], bool]) -> Iterator[MicroBatch]:
+    """This rank's of the batches up to `images`, in rounds of one for each rank; all leave before the same round."""
+    batch = loader.order.batch
+    for begin in range(0, images, batch * group.world_size):
+        if group.sum_(torch.tensor(int(stop_asked()))):
+            raise StopAsked
+        start = begin + batch * group.rank
+        if start < images:
+            for micro_batch_list in loader.batches(start, start + batch):
+                yield from micro_batch_list
 
 
 def shuffled_captions(rows: Rows) -> Rows:

@@ -42,6 +42,7 @@ def plan(config: TrainConfig, cluster: Cluster | None = None) -> dict[str, Any]:
     computed = planned.computed_flops(planned.checkpointing, micro_batch, config.launcher.workers)
     speed = images_per_s(computed, config.launcher.workers, config.precision, cluster)
     checkpoint_bytes = planned.parameters["total"] * FP32_BYTES * len(KINDS)
+    upload_s = checkpoint_bytes / (config.launcher.workers * cluster.upload_bytes_per_s)
     return {
         "parameters": planned.parameters,
         "flops_per_image": planned.flops("forward", False),
@@ -59,7 +60,9 @@ def plan(config: TrainConfig, cluster: Cluster | None = None) -> dict[str, Any]:
         "gpu_days": config.images / speed * config.launcher.workers / SECONDS_PER_DAY,
         # fp32 masters, both Adam moments and EMA; headers and the manifest are below a thousandth of it.
         "checkpoint_bytes": checkpoint_bytes,
-        "checkpoint_upload_s": checkpoint_bytes / (config.launcher.workers * cluster.upload_bytes_per_s),
+        "checkpoint_upload_s": upload_s,
+        # The grace that a stop needs at most: the step that runs, the save that is under way, and its own.
+        "stop_s": config.batch / speed + 2 * upload_s,
         "cluster": {"gpu": cluster.gpu.name, "workers": config.launcher.workers, **asdict(cluster.assumed)},
         "choices": planned.choices(),
     }

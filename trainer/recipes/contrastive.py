@@ -135,7 +135,7 @@ class Contrastive:
 
     def __call__(self, trainee: Trainee, phase: Phase, micro_batches: Sequence[MicroBatch], position: int) -> Tensor:
         """Backward of every micro batch of the global batch that starts at `position`; as trainer/step.py's."""
-        group = trainee.group
+        group, watch = trainee.group, trainee.group.watch
         with torch.no_grad():
             passed = [self._directions(trainee, phase, micro) for micro in micro_batches[:-1]]
         # The last micro batch keeps its graph and goes back first: a rank with one micro batch computes nothing twice.
@@ -145,12 +145,14 @@ class Contrastive:
         places_b = torch.from_numpy(np.concatenate([micro.positions for micro in micro_batches]) - position)
         places_b = places_b.to(group.device)
         images_BE, captions_BE = _gathered([*passed, newest], sizes, places_b, trainee.config.batch, group.sum_)
-        found = contrast(images_BE, captions_BE, places_b, self.logit_scale, group.sum_, self.chunk_rows)
+        with watch.section("forward"):
+            found = contrast(images_BE, captions_BE, places_b, self.logit_scale, group.sum_, self.chunk_rows)
         gradients = zip(found.image_gradients_bE.split(sizes), found.caption_gradients_bE.split(sizes), strict=True)
         for micro, gradient in reversed(list(zip(micro_batches, gradients, strict=True))):
             directions = newest or self._directions(trainee, phase, micro)
             newest = None
-            trainee.engines[phase.part].backward(_carrying(directions, gradient))
+            with watch.section("backward"):
+                trainee.engines[phase.part].backward(_carrying(directions, gradient))
         return _values(found.losses, phase, micro_batches, places_b, trainee)
 
     def passed_twice(self, micro_batches: int) -> int:
@@ -166,7 +168,7 @@ class Contrastive:
     def _directions(self, trainee: Trainee, phase: Phase, micro: MicroBatch) -> Directions:
         """The same in both passes: noise is the batch's, dropout a function of the micro batch's position."""
         seed_dropout(micro, trainee.group.rank)
-        with trainee.engines[phase.part].precision_context():
+        with trainee.group.watch.section("forward"), trainee.engines[phase.part].precision_context():
             return self.directions(trainee.modules, on_device(micro.batch, trainee.group.device))
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -35,6 +36,7 @@ PARENT = "mlflow.parentRunId"
 # MLflow's own limits (mlflow/utils/validation.py); older servers have the smaller one of tags.
 PARAM_CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS, ENTITIES = 6000, 5000, 36, 100
 RUNS_PER_PAGE = 1000
+NO_PARAMS: Mapping[str, str] = MappingProxyType({})
 
 # One try per request: by default the client retries for minutes, during which nobody is told anything. It reads these
 # from the environment only.
@@ -141,6 +143,40 @@ def event_positions(uri: str, run_id: str, kind: str) -> list[int]:
         tags = _client(uri).get_run(run_id).data.tags
     parts = [key.split("/") for key in tags if key.startswith("event/")]
     return sorted(int(images) for _, images, _, found in parts if found == kind)
+
+
+def store_results(
+    uri: str,
+    part: str,
+    identity: str,
+    name: str,
+    step: int,
+    metrics: dict[str, float],
+    files: Path,
+    parent: str | None = None,
+    params: Mapping[str, str] = NO_PARAMS,
+) -> str:
+    """Metrics, and the files of a folder, in a run of their own that is no training run: `part` is its kind, `identity`
+    finds it again. It is a child of the training run with the identity `parent`, where that is on the server. Its id.
+    Raises UserError."""
+    with _refusing(uri):
+        client = _client(uri)
+        experiment, tags = _experiment(client), {IDENTITY: identity, PART: part}
+        parents = _search(client, experiment, f"tags.`{IDENTITY}` = '{parent}'") if parent else []
+        if parents:
+            tags[PARENT] = parents[0].info.run_id
+        run_id = _find_or_create(client, experiment, f"tags.`{IDENTITY}` = '{identity}'", tags, name)
+        there = client.get_run(run_id).data
+        for key, text in params.items():
+            if key not in there.params:  # a param never changes on a server; a store that moved has another URI
+                client.log_param(run_id, key, text[:PARAM_CHARACTERS])
+        for key, value in metrics.items():
+            if there.metrics.get(key) != value:  # the same again is no further point
+                client.log_metric(run_id, key, value, step=step)
+        with _artifacts_failing():
+            client.log_artifacts(run_id, str(files))
+        client.update_run(run_id, status="FINISHED")
+    return run_id
 
 
 class MlflowServer:
