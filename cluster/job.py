@@ -1,21 +1,24 @@
-"""The driver inside a Ray job: `python -m cluster.job train|corpus-build JSON`. What `glidepath submit` starts.
+"""The driver inside a Ray job: `python -m cluster.job train|corpus-build|evaluate JSON`. What `submit` starts.
 
 Always holds: the last line of the job's log is the result, for `submit` to read; SIGTERM, which `ray job stop` sends,
-has a training run saved and ended with exit code 0. JSON is {"values": the resolved configuration, "name": its name}.
+has a training run saved and ended with exit code 0, and ends a build at once. JSON is {"values": the resolved
+configuration, "name": its name}.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import signal
+import os
 import sys
-import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from cluster.console import failure_line
+from cluster.launch import Launcher
 from cluster.ray_cluster import connected
+from cluster.signals import end_on_signals, stop_on_signals
 from data_pipeline.errors import UsageError, UserError
 
 log = logging.getLogger("glidepath")
@@ -24,41 +27,48 @@ RESULT = "glidepath-result: "
 PROGRESS_EVERY_S = 10.0
 
 
-class Stopped(BaseException):
-    """SIGTERM during work that goes on from what is committed. Not an exception that a library handles."""
-
-
 def main() -> int:
+    end_on_signals()
     kind, document = sys.argv[1], json.loads(sys.argv[2])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(message)s", datefmt="%H:%M:%S")
+    log.info("driver in process %d", os.getpid())
     try:
-        with connected():
-            result = {"train": train, "corpus-build": build}[kind](document["values"], document["name"])
+        result = {"train": train, "corpus-build": build, "evaluate": evaluate}[kind](
+            document["values"], document["name"]
+        )
     except UserError as error:
         return _fail(str(error), fields=error.fields(), usage=isinstance(error, UsageError))
     except OSError as error:
         return _fail(failure_line(error))
-    except Stopped:
+    except KeyboardInterrupt:
         return _fail("stopped; the same submit goes on from what is committed")
     return _end(result)
 
 
 def train(values: dict[str, Any], name: str) -> dict[str, Any]:
     """The job of a training run; the summary of `train --json`."""
-    from cluster.training import train_run
-    from trainer.recipes import parse_train_config
+    with stop_on_signals() as stop, connected(), _launcher_of(values) as launcher:
+        from cluster.training import train_run
+        from trainer.recipes import parse_train_config
 
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    said_at = 0.0
+        said_at = 0.0
 
-    def on_event(event: dict[str, Any]) -> None:
-        nonlocal said_at
-        if event["event"] == "progress" and time.monotonic() - said_at > PROGRESS_EVERY_S:
-            said_at = time.monotonic()
-            log.info("%d images, loss %.4f, %.1f images/s", event["images"], event["loss"], event["images_per_s"])
+        def on_event(event: dict[str, Any]) -> None:
+            nonlocal said_at
+            if event["event"] == "progress" and time.monotonic() - said_at > PROGRESS_EVERY_S:
+                said_at = time.monotonic()
+                log.info("%d images, loss %.4f, %.1f images/s", event["images"], event["loss"], event["images_per_s"])
 
-    return train_run(parse_train_config(values, name), on_event, stop)
+        return train_run(parse_train_config(values, name), on_event, stop, launcher)
+
+
+def _launcher_of(values: dict[str, Any]) -> AbstractContextManager[Launcher | None]:
+    """Opened before all else: its workers import torch while this process does."""
+    if values["launcher"]["kind"] == "local":
+        return nullcontext()
+    from cluster.ray_launch import RayLauncher
+
+    return RayLauncher(values)
 
 
 def build(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -68,11 +78,16 @@ def build(values: dict[str, Any], name: str) -> dict[str, Any]:
     from data_pipeline.build import CorpusConfig
     from data_pipeline.config import parse
 
-    def stop(*_: object) -> None:
-        raise Stopped
+    with connected():
+        return build_swept(parse(CorpusConfig, values, name), progress_lines(log.info))
 
-    signal.signal(signal.SIGTERM, stop)
-    return build_swept(parse(CorpusConfig, values, name), progress_lines(log.info))
+
+def evaluate(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The job of an evaluation; the document of `evaluate --json`."""
+    from cluster.evaluation_job import evaluate_in_task
+
+    with connected():
+        return evaluate_in_task(values, name)
 
 
 def _fail(message: str, **about: Any) -> int:

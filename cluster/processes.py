@@ -3,7 +3,7 @@
 Always holds: a signal reaches only a process that is still the recorded one (same pid, same start time, same boot), or
 one that came of it; `end` returns when none is left. What came of a service is known by a mark in its environment,
 which children inherit, however often they leave their session or lose their parent, and by descent, for a child that
-overwrote its environment. Reads Linux's /proc. Called by `cluster.stack`.
+overwrote its environment. Reads Linux's /proc. Called by `cluster.stack`; `this_process` and `is_alive` by the lease.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def start(argv: Sequence[str], environment: Mapping[str, str], folder: Path, log
     row = _read_row(child.pid)
     # Ended already: a start time that no process has.
     return Identity(child.pid, row.started_ticks if row else 0, boot_id())
+
+
+def this_process() -> Identity:
+    row = _read_row(os.getpid())
+    assert row is not None
+    return Identity(row.pid, row.started_ticks, boot_id())
 
 
 def is_alive(process: Identity) -> bool:

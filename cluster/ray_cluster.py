@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import ray
 
+from cluster.signals import Interrupted
 from data_pipeline.errors import UserError
 
 
@@ -25,11 +26,16 @@ def connected() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+    except SystemExit as left:
+        if left.code != signal.SIGTERM:
+            raise
+        raise Interrupted from None  # its handler heard the signal, not ours; nothing has begun yet
     except ConnectionError:
         raise UserError(
             "Ray cluster", "one that runs here, or at RAY_ADDRESS", "none", "start one with `glidepath up`, or `submit`"
         ) from None
-    signal.signal(signal.SIGTERM, handler)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

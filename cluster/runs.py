@@ -29,7 +29,10 @@ from trainer.tracking.server import is_server, tracking_uri
 log = logging.getLogger(__name__)
 
 IDENTIFIES = ("run", "store")  # settings that tell runs apart rather than compare them
-MLFLOW_STATUS = {None: "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "died": "FAILED"}
+MLFLOW_STATUS = {
+    None: "RUNNING", "resized": "RUNNING",  # another attempt is about to follow
+    "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "died": "FAILED",
+}  # fmt: skip
 Row = dict[str, Any]
 
 

@@ -300,9 +300,16 @@ def _answers(service: Service) -> bool:
     try:
         for url in service.health:
             _opener.open(url, timeout=HEALTH_TIMEOUT_S).close()
+        return service.name != "ray" or _has_node(service.url)
     except (OSError, http.client.HTTPException):  # refused, cut, too late, or a status that is not 200
         return False
-    return True
+
+
+def _has_node(dashboard: str) -> bool:
+    """Whether jobs can run: a head answers before its raylet is there, and for a while after that has died."""
+    with _opener.open(f"{dashboard}/api/v0/nodes", timeout=HEALTH_TIMEOUT_S) as answer:
+        nodes = json.load(answer)["data"]["result"]["result"]
+    return any(node["state"] == "ALIVE" for node in nodes)
 
 
 def _launch_digest(service: Service) -> str:

@@ -1,8 +1,8 @@
-"""`glidepath submit`: a corpus build or a training run as a Ray Job, checked here before anything starts there.
+"""`glidepath submit`: a corpus build, training run or evaluation as a Ray Job, checked here before it starts there.
 
 Always holds: a job's id is taken once for ever (Ray refuses used ones), so two submits at one instant cannot both
-start; nothing secret is in an id, metadata, environment or entrypoint, which everybody with the dashboard can read;
-waiting or not changes nothing for the job. Called by the command line.
+start; a job runs the code of this checkout as it was at that moment, on every node and after every restart; waiting or
+not changes nothing for the job. Called by the command line.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import json
 import logging
 import os
 import re
-import shlex
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -30,22 +29,18 @@ from ray.util.state.exception import RayStateApiException
 
 from cluster.console import say
 from cluster.job import RESULT
-from cluster.tracking import with_tracking_server
+from cluster.package import Tree, checkout, working_tree, write_zip
+from cluster.work import Node, Work, job_environment, refuse_unfit
 from data_pipeline.config import state_folder
-from data_pipeline.corpus import CorpusConfig
 from data_pipeline.errors import UsageError, UserError
-from data_pipeline.sources import Input
-from data_pipeline.sources.remote import is_remote, public_uri
+from data_pipeline.shards import open_dataset
 from data_pipeline.storage import open_store
 from trainer.checkpoint.attempts import newest_attempt
-from trainer.config import Datasets, TrainConfig
-from trainer.run import store_uri
 from trainer.tracking.mlflow import check_server
 from trainer.tracking.server import is_server
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 ANSWER_TIMEOUT_S = 10
-STOP_WAIT_S = 600  # that Ray gives the driver between SIGTERM and SIGKILL: a step, a save and its commit
 STATUS_POLL_S = 1.0
 PATIENCE_S = 60  # without an answer about a job, which goes on meanwhile: a dashboard takes less to start again
 MAX_NODES = 10_000  # that Ray's state API lists
@@ -53,71 +48,6 @@ MAX_NODES = 10_000  # that Ray's state API lists
 NOT_FOR_PEOPLE = (RESULT, "Running entrypoint for job ", "error: ")
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class Node:
-    """A live node and what it has in all."""
-
-    cpus: int
-    gpus: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a job is to do. `store`: where its results go; `folders`: what it reads or writes outside object stores."""
-
-    kind: str  # train, or corpus-build
-    name: str  # of the run, or corpus-<configuration's name>
-    store: str
-    values: dict[str, Any]
-    workers: int = 1  # at once, of one CPU each
-    gpus_per_worker: int = 0
-    folders: Sequence[str] = field(default=())
-
-    def metadata(self) -> dict[str, str]:
-        return {"glidepath_kind": self.kind, "glidepath_run": self.name, "glidepath_store": self.store}
-
-
-def training_work(config: TrainConfig) -> Work:
-    """The job of a training run: every folder by its absolute path, since jobs run elsewhere; the tracking server of
-    this environment. Raises UsageError, for a URI that carries credentials as well."""
-    config = with_tracking_server(config)
-    store = open_store(store_uri(config)).uri
-    changes: dict[str, Any] = {"store": store, "dataset": _absolute_datasets(config.dataset)}
-    if config.heldout:
-        dataset = _absolute_dataset(config.heldout.dataset)
-        changes["heldout"] = config.heldout.model_copy(update={"dataset": dataset})
-    if config.tracking.uri:
-        changes["tracking"] = config.tracking.model_copy(update={"uri": _absolute(config.tracking.uri)})
-    config = config.model_copy(update=changes)
-    datasets = [*config.dataset_uris(), *([config.heldout.dataset] if config.heldout else [])]
-    places = [store, *datasets, *([config.tracking.uri] if config.tracking.uri else [])]
-    return Work(
-        kind="train",
-        name=config.run,
-        store=store,
-        values=config.model_dump(mode="json"),
-        workers=config.launcher.workers if config.launcher.kind == "ray" else 0,
-        gpus_per_worker=1 if config.launcher.device == "cuda" else 0,
-        folders=[place for place in places if _is_folder(place)],
-    )
-
-
-def corpus_work(config: CorpusConfig, name: str) -> Work:
-    """The job of a corpus build; its output must be set. Raises UsageError, for a URI that carries credentials as
-    well."""
-    assert config.output is not None
-    inputs = tuple(_absolute_input(entry) for entry in config.inputs)
-    config = config.model_copy(update={"inputs": inputs, "output": open_store(config.output).uri})
-    places = [str(config.output), *(entry.uri for entry in inputs if entry.kind != "demo")]
-    return Work(
-        kind="corpus-build",
-        name=f"corpus-{name}",
-        store=str(config.output),
-        values=config.model_dump(mode="json", exclude_unset=True),  # a filter set to null is not one that is not set
-        folders=[place for place in places if _is_folder(place)],
-    )
 
 
 def address_of(option: str | None) -> str:
@@ -145,23 +75,27 @@ class Cluster:
     def submit(self, work: Work) -> str:
         """Start the job; its submission id. Raises UserError if it cannot run there, or runs already."""
         refuse_unfit(self.nodes, work)
+        entrypoint = work.entrypoint(os.environ)
+        root = checkout()
+        tree = working_tree(root, [folder for folder in work.folders if os.path.isabs(folder)]) if root else None
         attempts = _check_store(work.store) if work.kind == "train" else _check_output(work.store)
+        _check_datasets(work)
         _check_tracking(work)
         with self._asking("nothing was started; look at the dashboard"):
             jobs = self.client.list_jobs()
         refuse_running(jobs, work)
         submission_id = f"{work.name}-{next_number(jobs, work.name, attempts)}"
-        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "RAY_COLOR_PREFIX": "0"}  # a log is a file
+        environment = job_environment()
         if len(self.nodes) == 1:
             environment["GLIDEPATH_HOME"] = str(state_folder().absolute())  # names of datasets mean the same there
-        document = json.dumps({"name": work.name, "values": work.values})
         try:
-            self.client.submit_job(
-                entrypoint=f"exec python -m cluster.job {work.kind} {shlex.quote(document)}",
-                submission_id=submission_id,
-                runtime_env={"env_vars": environment},
-                metadata=work.metadata(),
-            )
+            with tempfile.TemporaryDirectory(prefix="glidepath-") as folder:
+                self.client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=submission_id,
+                    runtime_env={"env_vars": environment, **_packaged(tree, Path(folder))},
+                    metadata=work.metadata(),
+                )
         except (RuntimeError, requests.RequestException) as error:
             raise _refused(submission_id, error) from None
         return submission_id
@@ -213,7 +147,14 @@ class Cluster:
                 timeout=ANSWER_TIMEOUT_S,
                 raise_on_missing_output=False,
             )
-        except (RayStateApiException, requests.RequestException, AuthenticationError, ValueError) as error:
+        except AuthenticationError:
+            raise UserError(
+                f"Ray cluster {self.address}",
+                "access",
+                "a refusal without the right token",
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in this environment",
+            ) from None
+        except (RayStateApiException, requests.RequestException, ValueError) as error:
             reason = "no answer" if isinstance(error, RayStateApiException) else type(error).__name__
             raise UserError(
                 f"Ray cluster {self.address}",
@@ -225,35 +166,12 @@ class Cluster:
         return [Node(int(total.get("CPU", 0)), int(total.get("GPU", 0))) for total in totals]
 
     def _connect(self) -> JobSubmissionClient:
-        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+        for name in ("job.sdk", "dashboard_sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         try:
             return JobSubmissionClient(self.address)
-        except (RuntimeError, OSError, AuthenticationError) as error:  # requests' errors are OSErrors
+        except (RuntimeError, OSError) as error:  # requests' errors are OSErrors
             raise UserError(f"Ray cluster {self.address}", "its Jobs API", _short(error), "check --address") from None
-
-
-def refuse_unfit(nodes: Sequence[Node], work: Work) -> None:
-    """Raise UserError if the work does not fit onto the nodes, were they empty, or lies where they cannot reach."""
-    if work.gpus_per_worker:
-        room = sum(min(node.cpus, node.gpus // work.gpus_per_worker) for node in nodes)
-    else:
-        room = sum(node.cpus for node in nodes)
-    if room < work.workers:
-        cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-        each = "1 CPU" + (" and 1 GPU" if work.gpus_per_worker else "")
-        raise UserError(
-            "Ray cluster",
-            f"room for {work.workers} workers of {each} each",
-            f"{cpus} CPUs and {gpus} GPUs on {len(nodes)} nodes",
-            "lower launcher.workers, or add nodes",
-        )
-    if len(nodes) > 1 and work.folders:
-        raise UserError(
-            f"folder {work.folders[0]}",
-            f"a place that all {len(nodes)} nodes of the cluster reach",
-            "a folder of one machine",
-            "put it at s3://…",
-        )
 
 
 def refuse_running(jobs: Sequence[JobDetails], work: Work) -> None:
@@ -333,45 +251,23 @@ def _may_look(uri: str) -> bool:
     return True
 
 
+def _check_datasets(work: Work) -> None:
+    """Raises UserError if one of a bucket does not open; the job alone knows what lies in the folders of its node."""
+    for uri in work.datasets:
+        if uri.startswith("s3://") and _may_look(uri):
+            open_dataset(uri)
+
+
+def _packaged(tree: Tree | None, folder: Path) -> dict[str, str]:
+    """The part of a runtime environment that brings the working tree, zipped in `folder`."""
+    if tree is None:
+        return {}
+    write_zip(tree, folder / "tree.zip", os.environ)
+    say(f"packaged {len(tree.sizes):,} files of {tree.root}, {(folder / 'tree.zip').stat().st_size / 2**20:.1f} MiB")
+    return {"working_dir": str(folder / "tree.zip")}
+
+
 def _check_tracking(work: Work) -> None:
     uri = work.values.get("tracking", {}).get("uri")
     if uri and is_server(uri):
         check_server(uri)
-
-
-def _is_folder(uri: str) -> bool:
-    return "://" not in uri
-
-
-def _absolute(uri: str) -> str:
-    return str(Path(uri).absolute()) if "://" not in uri else uri
-
-
-def _absolute_dataset(name: str) -> str:
-    """A name without a slash is one of the state folder, as trainer.run.dataset_uri has it. Raises UsageError."""
-    return open_store(name).uri if "/" in name else name
-
-
-def _absolute_datasets(datasets: Datasets) -> Datasets:
-    """Of a mixture as well. Raises UsageError."""
-    if isinstance(datasets, str):
-        return _absolute_dataset(datasets)
-    return tuple(share.model_copy(update={"uri": _absolute_dataset(share.uri)}) for share in datasets)
-
-
-def _absolute_input(entry: Input) -> Input:
-    """Raises UsageError for an address that a job must not show."""
-    if public_uri(entry.uri) != entry.uri:
-        raise UsageError(
-            f"input {public_uri(entry.uri)}",
-            "an address without query or user",
-            "one that carries credentials, which a job would show to everybody with the dashboard",
-            "build it here with `corpus build`, or give s3://…",
-        )
-    scheme, separator, _ = entry.uri.partition("://")
-    if separator and not is_remote(entry.uri):
-        # The rest is not shown: it may be key:secret@bucket.
-        raise UsageError(
-            f"input {scheme}://…", "a folder or tar, s3://… or http(s)://…", f"scheme {scheme}://", "correct uri"
-        )
-    return entry if entry.kind == "demo" else entry.model_copy(update={"uri": _absolute(entry.uri)})

@@ -22,9 +22,10 @@ from data_pipeline.shards import open_dataset
 from data_pipeline.storage import open_store
 from trainer.config import TrainConfig
 from trainer.run import dataset_uri, run_identity, run_lineage, store_uri, tracking_folder
-from trainer.tracking.jsonl import read_curves, read_events
+from trainer.tracking.jsonl import JsonlTracker, read_curves, read_events
 from trainer.tracking.mlflow import (
     DatasetUse,
+    MlflowServer,
     RunAbout,
     Status,
     check_server,
@@ -59,26 +60,41 @@ class TrackedRun:
         self._notes: list[threading.Thread] = []
         self._restart_reason = ""
         self._attempt = 0  # the newest that this driver began
+        self._images = 0  # that its last progress told of
         self.mlflow_run_id: str | None = None
         if self._uri:
             check_server(self._uri)
 
-    def begin(self, attempt: int) -> None:
+    def begin(self, attempt: int, workers: int) -> None:
         """Open the run, or note another attempt of it. Raises UserError if the first of this driver cannot."""
+        self._attempt = attempt
         if self._uri is None:
             return
-        self._attempt = attempt
         if self.mlflow_run_id is None:
-            self.mlflow_run_id = open_run(self._uri, self._about(attempt))
+            self.mlflow_run_id = open_run(self._uri, self._about(attempt, workers))
         else:
             # Not waited for: recovery is not for a tracking server to hold up.
             uri = self._uri
-            self._note(lambda: open_run(uri, self._about(attempt)))
+            self._note(lambda: open_run(uri, self._about(attempt, workers)))
 
     def watch(self, event: Event) -> None:
-        """Of the driver's events, what the next attempt's notes say."""
-        if event["event"] == "restart":
+        """Of the driver's events, what the next attempt's notes say, and what is noted at once."""
+        kind = event["event"]
+        if kind in ("restart", "resize"):
             self._restart_reason = event["reason"]
+        elif kind == "progress":
+            self._images = event["images"]
+        elif kind in ("straggler", "hung"):
+            how = f"{event['factor']} times the others' work" if kind == "straggler" else f"in {event['section']}"
+            self._note_event(kind, f"rank {event['rank']} on {event['node']}: {how}")
+
+    def _note_event(self, kind: str, text: str) -> None:
+        record = {"images": self._images, "attempt": self._attempt, "event": kind, "text": text}
+        uri, run_id = self._uri, self.mlflow_run_id
+        if uri and run_id:
+            self._note(lambda: MlflowServer(uri, run_id).send([], [record]))
+        else:
+            JsonlTracker(tracking_folder(self._config), self._attempt).event(self._images, kind, text)
 
     def __enter__(self) -> TrackedRun:
         return self
@@ -103,13 +119,13 @@ class TrackedRun:
         def run() -> None:
             try:
                 call()
-            except (UserError, OSError) as error:  # the latter of a store that cannot be read right now
-                log.warning("attempt not noted: %s", error)
+            except (UserError, ServerFailed, OSError) as error:  # the latter of a store that cannot be read right now
+                log.warning("not noted on the tracking server: %s", error)
 
         self._notes.append(threading.Thread(target=run, name="tracking-note", daemon=True))
         self._notes[-1].start()
 
-    def _about(self, attempt: int) -> RunAbout:
+    def _about(self, attempt: int, workers: int) -> RunAbout:
         config = self._config
         uses = [(name, "training") for name in config.dataset_uris()]
         uses += [(config.heldout.dataset, "evaluation")] if config.heldout else []
@@ -119,7 +135,7 @@ class TrackedRun:
             uri = f"{dataset.store.uri}/{dataset.prefix}".rstrip("/")
             datasets.append(DatasetUse(name, dataset.id, uri, context))
         tags = {
-            "world_size": str(config.launcher.workers),
+            "world_size": str(workers),
             "launcher": config.launcher.kind,
             "zero_stage": str(config.zero.stage),
             "code_version": metadata.version("glidepath"),

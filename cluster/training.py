@@ -12,14 +12,19 @@ import math
 import os
 import statistics
 import threading
+import uuid
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from cluster.executors import executor_of
-from cluster.launch import Event, launch_local
+from cluster.launch import Event, Launcher
+from cluster.lease import refuse_second_driver
+from cluster.local_launch import LocalLauncher
 from cluster.scorers import scorer_pools
-from cluster.supervise import supervise
+from cluster.supervise import SupervisedRun, supervise
 from cluster.tracking import TrackedRun, heldout_of, with_tracking_server
 from data_pipeline.build import CorpusConfig, build_corpus, resolve_output, sweep_build, unheard
 from data_pipeline.build import Progress as BuildProgress
@@ -28,6 +33,7 @@ from data_pipeline.corpus import ExecutorSettings
 from data_pipeline.enrich import enrich
 from data_pipeline.shards import dataset_ids, open_dataset, output_of
 from data_pipeline.storage import ObjectStore, open_store
+from trainer.checkpoint.attempts import read_record, record_key
 from trainer.config import TrainConfig
 from trainer.run import prepare_run, store_uri
 
@@ -41,44 +47,48 @@ def train_run(
     config: TrainConfig,
     on_event: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
+    launcher: Launcher | None = None,
 ) -> dict[str, Any]:
     """Train (or go on) until `images`; the keys of `glidepath train --json`. Raises UserError.
 
-    Once `stop` is set the run saves and ends. With launcher.kind ray a run whose workers died is started again here.
+    Once `stop` is set the run saves and ends. `launcher`: one of the caller's, else one of the configured kind. With
+    launcher.kind ray a run whose workers died is started again here, and takes another size when nodes leave or come.
     """
     config = with_tracking_server(config)
     tracked = TrackedRun(config)
+    store = open_store(store_uri(config))
+    store.check()
+    refuse_second_driver(store, config.run)
     for name in (*config.dataset_uris(), config.heldout.dataset if config.heldout else None):
         if name in DEMO_DATASETS:
             build_demo_dataset(name)
-    steps: list[Event] = []
+    speeds, losses = array("d"), deque[float](maxlen=1)
 
     def watch(event: Event) -> None:
         if event["event"] == "progress":
-            steps.append(event)
+            speeds.append(event["images_per_s"])
+            losses.append(event["loss"])
         tracked.watch(event)
         on_event(event)
 
-    def launch_tracked(attempt: int) -> Event:
-        tracked.begin(attempt)
-        return launch(config, attempt, watch, tracked.mlflow_run_id)
+    def begin(attempt: int, workers: int) -> dict[str, Any]:
+        tracked.begin(attempt, workers)
+        return {"values": config.model_dump(mode="json"), "attempt": attempt, "mlflow_run_id": tracked.mlflow_run_id}
 
-    with tracked:
-        attempt, result = supervise(
-            open_store(store_uri(config)),
-            lambda: prepare_run(config),
-            launch_tracked,
-            watch,
-            restart=config.launcher.kind == "ray",
-            stop=stop or threading.Event(),
-        )
+    with tracked, launcher_of(config) if launcher is None else nullcontext(launcher) as launcher:
+        drawn = uuid.uuid4().hex
+        run = SupervisedRun(
+            store, config.launcher, lambda: prepare_run(config, drawn), begin, watch,
+            lambda attempt: read_record(store, record_key(attempt)).get("identity") == drawn,
+        )  # fmt: skip
+        attempt, result = supervise(run, launcher, config.launcher.kind == "ray", stop or threading.Event())
         tracked.end("KILLED" if result["stopped"] else "FINISHED")
-    settled = [step["images_per_s"] for step in steps[SETTLED_AFTER:] or steps]
+    settled = speeds[SETTLED_AFTER:] or speeds
     return {
         "run": config.run,
         "mlflow_run_id": tracked.mlflow_run_id,
         "images": result["images"],
-        "loss": steps[-1]["loss"] if steps and math.isfinite(steps[-1]["loss"]) else None,
+        "loss": losses[0] if losses and math.isfinite(losses[0]) else None,
         "heldout": heldout_of(config, result, tracked.mlflow_run_id) if config.heldout else None,
         "images_per_s": statistics.median(settled) if settled else None,
         "checkpoint": result["checkpoint"],
@@ -90,22 +100,20 @@ def train_run(
         "removed_checkpoints": result["removed_checkpoints"],
         "failed_removals": result["failed_removals"],
         "stopped": result["stopped"],
+        "stop_reason": result.get("stop_reason"),  # of a run that stopped by itself
     }
 
 
-def launch(
-    config: TrainConfig, attempt: int, on_event: Callable[[Event], None], mlflow_run_id: str | None = None
-) -> Event:
-    """One attempt on workers of the configured kind; rank 0's result. Raises as the launchers do."""
-    values, settings = config.model_dump(mode="json"), config.launcher
-    spec = {"values": values, "attempt": attempt, "mlflow_run_id": mlflow_run_id}
-    if settings.kind == "local":
-        return launch_local(spec, settings.workers, on_event)
-    from cluster.ray_cluster import connected
-    from cluster.ray_launch import launch_ray
+@contextmanager
+def launcher_of(config: TrainConfig) -> Iterator[Launcher]:
+    """The launcher of the configured kind. Raises UserError where there is no cluster."""
+    if config.launcher.kind == "local":
+        yield LocalLauncher()
+        return
+    from cluster.ray_launch import RayLauncher
 
-    with connected():
-        return launch_ray(spec, settings.workers, settings.device, on_event)
+    with RayLauncher(config.model_dump(mode="json")) as launcher:
+        yield launcher
 
 
 def build_demo_dataset(name: str, progress: BuildProgress = unheard) -> None:

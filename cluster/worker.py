@@ -1,6 +1,7 @@
 """A worker process of the local launcher: `python -m cluster.worker SPEC RANK WORLD_SIZE`.
 
-Always holds: stdout carries one JSON event per line and nothing else; people read stderr.
+Always holds: stdout carries one JSON event per line and nothing else; people read stderr. It ends by its own end, by
+that of its launcher, or by SIGKILL: SIGTERM and Ctrl-C are the driver's to heed.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from cluster.signals import SIGNALS
 from data_pipeline.errors import UserError
 
 
@@ -21,27 +24,40 @@ def main() -> int:
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to stderr
 
+    for number in SIGNALS:
+        # What ends a service or a job step often signals every process of it; this one's save is still to come.
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
+    lock = threading.Lock()
+
     def report(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
+        with lock:  # heartbeats come from another thread
+            events.write(json.dumps(event) + "\n")
 
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"%(asctime)s rank {rank}: %(message)s", datefmt="%H:%M:%S")
 
     import torch
 
+    from cluster.out_of_memory import raised_event
     from trainer.engine.group import open_group
     from trainer.run import train
+    from trainer.watch import watched
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    values = spec["train"]["values"]
     try:
-        group = open_group(rank, world_size, spec["rendezvous"], spec["train"]["values"]["launcher"]["device"])
-        train(group=group, report=report, **spec["train"])
-        group.close()
+        with watched(values, rank, report) as watch:
+            group = open_group(rank, world_size, spec["rendezvous"], values["launcher"]["device"], watch=watch)
+            train(group=group, report=report, **spec["train"])
+            group.close()
     except UserError as error:
         report({"event": "error", "fields": error.fields()})
         return error.exit_code
+    except Exception as error:
+        report(raised_event(rank, error))
+        raise
     return 0
 
 

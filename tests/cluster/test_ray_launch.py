@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from PIL import Image
+from support import RUN
 
 from data_pipeline.build import CorpusConfig, build_corpus
 from data_pipeline.config import parse
 from data_pipeline.storage import LocalStore
 from trainer.checkpoint.manifest import committed, read_manifest
-from trainer.stop import read_end
+from trainer.stop import read_end, request_stop
 
 Values = Callable[..., dict[str, Any]]
 Driver = Callable[..., subprocess.Popen[str]]
@@ -98,16 +100,6 @@ build.judge = partial(build.judge, task_rows=16)
 with connected():
     values = json.loads(sys.argv[1])
     print("BUILT", json.dumps(build.build_corpus(parse(build.CorpusConfig, values, "test"), RayExecutor(2))))
-"""
-
-RUN = """
-import json, logging, sys
-from cluster.cli import load_train_config
-from cluster.training import train_run
-
-logging.basicConfig(level=logging.INFO)
-report = lambda event: print("EVENT", json.dumps(event), flush=True)
-report({"event": "summary", **train_run(load_train_config(sys.argv[1], []), report)})
 """
 
 
@@ -225,6 +217,7 @@ def test_a_killed_worker_is_followed_by_an_attempt_that_ends_as_if_nothing_had_h
     stderr = (tmp_path / "stderr").read_text()
     started = [event for event in events if event["event"] == "started"]
     assert len(started) == 2, stderr
+    assert started[1]["standbys"] == 2, "started at the first step of the first gang"
     assert all(on_main for event in started for on_main in event["on_main_thread"])
     assert not set(started[0]["pids"]) & set(started[1]["pids"])
     [restart] = [event for event in events if event["event"] == "restart"]
@@ -246,7 +239,7 @@ def test_workers_end_when_their_driver_is_killed(driver: Driver, train_values: V
     process = driver(RUN, config_file(values))
     events = events_of(process)
     started = next(events)
-    assert next(events)["event"] == "progress" and len(started["pids"]) == 2
+    assert any(event["event"] == "progress" for event in events) and len(started["pids"]) == 2
     process.kill()
     assert gone(started["pids"], 30)
 
@@ -254,8 +247,8 @@ def test_workers_end_when_their_driver_is_killed(driver: Driver, train_values: V
 def test_a_refusal_of_a_worker_arrives_as_it_was_and_is_not_tried_again(
     driver: Driver, train_values: Values, tmp_path: Path
 ) -> None:
-    values = train_values(images=64, launcher={"kind": "ray", "workers": 2})
-    assert list(events_of(driver(RUN, config_file(values))))[-1]["event"] == "summary"
+    values = train_values(images=64, launcher={"kind": "ray", "workers": 2, "standby": False})
+    assert list(events_of(driver(RUN, config_file(values | {"launcher": {}}))))[-1]["event"] == "summary"
     for manifest in Path(values["store"]).glob("checkpoints/*/*/manifest.json"):
         manifest.write_bytes(b"{}")
     events = list(events_of(driver(RUN, config_file(values | {"images": 96}))))
@@ -264,3 +257,47 @@ def test_a_refusal_of_a_worker_arrives_as_it_was_and_is_not_tried_again(
     assert stderr.rstrip().splitlines()[-1].startswith("data_pipeline.errors.UserError: run")
     end = read_end(LocalStore(Path(values["store"])), 2)
     assert end is not None and end.outcome == "failed"
+
+
+@pytest.mark.drill
+def test_standbys_take_the_ranks_of_a_hung_gang_one_that_died_waiting_is_replaced_and_a_dead_mailbox_ends_nothing(
+    driver: Driver, train_values: Values, tmp_path: Path
+) -> None:
+    values = train_values(
+        images=10**6, launcher={"kind": "ray", "workers": 2}, watch={"silent_s": 10.0}, checkpoint={"every_images": 32}
+    )
+    store = LocalStore(Path(values["store"]))
+    events = events_of(driver(RUN, config_file(values)))
+
+    def until(kind: str) -> dict[str, Any]:
+        found = next((event for event in events if event["event"] == kind), None)
+        assert found is not None, (tmp_path / "stderr").read_text()
+        return found
+
+    first, warm = until("started"), until("standby")
+    assert first["standbys"] == 2 and len(warm["pids"]) == 2 and not set(warm["pids"]) & set(first["pids"])
+    os.kill(first["pids"][1], signal.SIGSTOP)
+    hung = until("hung")
+    assert hung["rank"] == 1 and hung["node"] == first["node_ids"][1]
+    second = until("started")
+    assert set(second["pids"]) == set(warm["pids"]) and second["standbys"] == 2
+    began = until("began")["seconds"]
+    assert list(began) == ["placed", "imported", "met", "loaded", "first_step"] and min(began.values()) >= 0
+    assert gone(first["pids"], 1)  # before the new gang loads: its memory and GPUs are theirs
+
+    warm = until("standby")
+    os.kill(warm["pids"][0], signal.SIGKILL)
+    os.kill(second["pids"][0], signal.SIGKILL)
+    third = until("started")
+    assert third["standbys"] == 1 and warm["pids"][1] in third["pids"] and warm["pids"][0] not in third["pids"]
+    until("progress")
+    beside = psutil.Process(third["pids"][0]).parent()
+    assert beside is not None
+    [mailbox] = [process for process in beside.children() if process.cmdline()[0].startswith("ray::Mailbox")]
+    mailbox.kill()
+    mailbox.wait(20)
+    request_stop(store, 3)
+    summary = until("summary")
+    assert summary["stopped"] and summary["attempt"] == 3
+    ends = [read_end(store, attempt) for attempt in (1, 2)]
+    assert [(end.cause, end.rank) for end in ends if end] == [("hung", 1), ("killed", 0)]

@@ -10,18 +10,21 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from secret_places import beyond_loopback, listeners
 
 from cluster import cli, processes, services
 from cluster.services import PORTS, describe_services
-from cluster.stack import Record, _launch_digest, choose_ports
+from cluster.stack import Record, _answers, _launch_digest, choose_ports
 from data_pipeline.errors import UserError
 
 SERVICES = ("s3", "mlflow", "ray")
@@ -243,18 +246,10 @@ def wait_until(done: Callable[[], bool], seconds: float = 60) -> bool:
 
 
 def test_everything_listens_on_loopback_only_while_a_job_runs(stack: Any, job: str) -> None:
-    listening = []
-    for row in members(stack.home):
-        with suppress(psutil.NoSuchProcess):  # Ray runs small programs now and then
-            process = psutil.Process(row.pid)
-            listening += [
-                (" ".join(process.cmdline()), connection.laddr.ip)
-                for connection in process.net_connections("inet")
-                if connection.status == psutil.CONN_LISTEN
-            ]
+    listening = listeners(stack)
     assert len(listening) > 10  # four of Swift, MLflow's, and Ray's with the job's
     assert any("job.py" in program for program, _ in listening)
-    assert {address for _, address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, listening
+    assert not beyond_loopback(stack)
 
 
 def test_the_secret_stands_in_two_private_files_and_nowhere_else(stack: Any, job: str) -> None:
@@ -286,3 +281,28 @@ def test_another_path_in_the_shell_is_no_reason_to_end_a_running_ray(
         digests.append([_launch_digest(service) for service in services])
     assert digests[0] == digests[1]
     assert digests[0] != [_launch_digest(s) for s in describe_services(state_folder, ports, 8, "/tmp/ray")]
+
+
+def test_a_head_whose_raylet_is_not_there_yet_or_has_died_is_not_healthy() -> None:
+    nodes: list[dict[str, str]] = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            document = {"data": {"result": {"result": nodes}}} if self.path == "/api/v0/nodes" else {}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(document).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ports = dict.fromkeys(PORTS, server.server_address[1])
+        ray = describe_services(Path("/tmp"), ports, 4, "/tmp/ray")[-1]
+        healthy = []
+        for found in ([], [{"state": "DEAD"}], [{"state": "DEAD"}, {"state": "ALIVE"}]):
+            nodes[:] = found
+            healthy.append(_answers(ray))
+        server.shutdown()
+    assert healthy == [False, False, True]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,23 +20,22 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
+from secret_places import beyond_loopback, listeners, places_of, private_files
 from support import wait_for
 
-from cluster import submit
+from cluster import package, submit
 from cluster.cli import run
 from cluster.job import RESULT, main
+from cluster.package import working_tree, write_zip
+from cluster.stop_jobs import stop_jobs
 from cluster.submit import (
     Cluster,
-    Node,
-    Work,
     address_of,
-    corpus_work,
     next_number,
     refuse_running,
-    refuse_unfit,
     result_of,
-    training_work,
 )
+from cluster.work import Node, Work, corpus_work, refuse_unfit, training_work
 from data_pipeline.build import CorpusConfig, inspect_dataset
 from data_pipeline.config import parse
 from data_pipeline.errors import UsageError, UserError
@@ -44,6 +45,7 @@ from trainer.recipes import parse_train_config
 from trainer.stop import read_end
 
 Values = Callable[..., dict[str, Any]]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def job(submission_id: str, status: JobStatus = JobStatus.SUCCEEDED, store: str = "") -> JobDetails:
@@ -223,6 +225,7 @@ class Dashboard(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.refusals: Counter[str] = Counter()
         self.living = 1
+        self.locked = False
 
     def answer(self, path: str, query: dict[str, list[str]]) -> Any:
         if path == "/api/v0/nodes":
@@ -247,7 +250,7 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         answer = self.server.answer(parts.path, parse_qs(parts.query))
-        status = 200 if answer is not None else 404
+        status = 401 if self.server.locked else 200 if answer is not None else 404
         if self.server.refusals[parts.path] > 0:
             self.server.refusals[parts.path] -= 1
             status, answer = 500, "Traceback (most recent call last):\n  a line\nRuntimeError: out of order\n"
@@ -281,6 +284,12 @@ def dashboard() -> Iterator[Dashboard]:
 def test_only_living_nodes_count_however_many_died_before_them(dashboard: Dashboard) -> None:
     dashboard.living = 103
     assert Cluster(dashboard.url).nodes == [Node(2, 0)] * 103
+
+
+def test_a_cluster_that_asks_for_a_token_is_one_line(dashboard: Dashboard) -> None:
+    dashboard.locked = True
+    with pytest.raises(UserError, match="expected access, found a refusal without the right token; set RAY_AUTH_MODE"):
+        Cluster(dashboard.url)
 
 
 def test_a_dashboard_that_fails_for_a_while_does_not_end_the_waiting_for_a_job(
@@ -320,7 +329,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(train_values: Values, capsys
     error = json.loads(captured.out)["error"]
     assert error.startswith(f"Ray cluster {address}: expected a dashboard") and "Traceback" not in captured.err
     assert run(["submit", "train", config_file(train_values()), "batc=3", "--address", address, "--json"]) == 2
-    assert run(["submit", "evaluate", "tiny", "--json"]) == 2
+    assert run(["submit", "samples", "tiny", "--json"]) == 2
 
 
 def config_file(values: dict[str, Any], name: str = "config") -> str:
@@ -329,9 +338,29 @@ def config_file(values: dict[str, Any], name: str = "config") -> str:
     return str(path)
 
 
-def glidepath(*arguments: str) -> subprocess.Popen[str]:
+def glidepath(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "cluster.cli", *arguments, "--json"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = os.environ | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env)
+
+
+def changed_checkout(folder: Path) -> Path:
+    """This checkout with a change: the lowest floor says that it was imported."""
+    write_zip(working_tree(ROOT, []), folder / "tree.zip", {})
+    with zipfile.ZipFile(folder / "tree.zip") as packed:
+        packed.extractall(folder / "changed")
+    with (folder / "changed" / "data_pipeline" / "__init__.py").open("a") as code:
+        code.write("\nimport sys\nprint('this is the changed code', file=sys.stderr)\n")
+    subprocess.run(["git", "init", "-q", folder / "changed"], check=True)
+    return folder / "changed"
+
+
+def credentials_in_the_environment(stack: Any) -> dict[str, str]:
+    """As on a machine that has no files of them: the stack's own, and others that a user may have."""
+    words = (stack.home / "stack" / "credentials").read_text().split()
+    key, secret = words[words.index("aws_access_key_id") + 2], words[words.index("aws_secret_access_key") + 2]
+    mine = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}
+    return mine | {"HF_TOKEN": f"hf_{os.urandom(12).hex()}", "RAY_AUTH_TOKEN": os.urandom(16).hex()}
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
@@ -355,6 +384,8 @@ def test_a_corpus_and_a_run_go_through_the_cluster_and_the_run_goes_on(
     train_values: Values,
     picture_folder: Path,
     dataset_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     client = JobSubmissionClient(stack_env.dashboard)
@@ -364,9 +395,14 @@ def test_a_corpus_and_a_run_go_through_the_cluster_and_the_run_goes_on(
         "shard_rows": 32,
         "filters": {"preset": "none"},
     }
-    built, _ = ended(glidepath("submit", "corpus", "build", config_file(corpus, "pictures")))
+    credentials = credentials_in_the_environment(stack_env)
+    changed = changed_checkout(tmp_path)
+    path = config_file(corpus, "pictures")
+    built, _ = ended(glidepath("submit", "corpus", "build", path, cwd=changed, **credentials))
     assert built["dataset_id"] == inspect_dataset(dataset_uri)["dataset_id"]
     assert client.get_job_status("corpus-pictures-1") == JobStatus.SUCCEEDED
+    imported = [line for line in client.get_job_logs("corpus-pictures-1").splitlines() if "the changed code" in line]
+    assert imported[0] == "this is the changed code" and any("pid=" in line for line in imported), imported
 
     values = train_values(
         "submitted",
@@ -376,7 +412,7 @@ def test_a_corpus_and_a_run_go_through_the_cluster_and_the_run_goes_on(
         tracking={},
     )
     path = config_file(values, "submitted")
-    both = [glidepath("submit", "train", path), glidepath("submit", "train", path)]
+    both = [glidepath("submit", "train", path, **credentials) for _ in range(2)]
     outcomes = sorted((process.communicate(timeout=240), process.returncode) for process in both)
     assert sorted(code for _, code in outcomes) == [0, 1], outcomes
     documents = [json.loads(stdout) for (stdout, _), _ in outcomes]
@@ -385,19 +421,27 @@ def test_a_corpus_and_a_run_go_through_the_cluster_and_the_run_goes_on(
     assert "submitted-1" in error and "\n" not in error
     assert (summary["images"], summary["submission_id"]) == (64, "submitted-1") and summary["mlflow_run_id"]
 
-    further, log = ended(glidepath("submit", "train", path, "images=96"))
+    further, log = ended(glidepath("submit", "train", path, "images=96", **credentials))
     assert (further["images"], further["submission_id"], further["attempt"]) == (96, "submitted-2", 2)
     assert further["mlflow_run_id"] == summary["mlflow_run_id"]
     assert "resume: from images-000000064/attempt-1" in log
     jobs = [details for details in client.list_jobs() if (details.submission_id or "").startswith("submitted-")]
     assert len(jobs) == 2 and all(details.status == JobStatus.SUCCEEDED for details in jobs)
-    secret = (stack_env.home / "stack" / "credentials").read_text().rpartition("= ")[2].strip()
-    assert all(secret not in f"{details} {client.get_job_logs(details.submission_id)}" for details in jobs)
+    secrets = [credentials[name] for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN")]
+    stacks_own, *others = places_of(secrets, stack_env, tmp_path).values()
+    assert stacks_own == private_files(stack_env) and not any(others), (stacks_own, others)
 
     too_many, _ = answered(capsys, 1, "submit", "train", path, "images=128", "launcher.workers=99")
     assert "room for 99 workers" in too_many["error"]
     no_bucket, _ = answered(capsys, 1, "submit", "train", path, "store=s3://no-such-bucket/run")
     assert "no-such-bucket" in no_bucket["error"]
+    elsewhere = ["run=elsewhere", "store=s3://glidepath/submitted/elsewhere"]
+    no_data, _ = answered(capsys, 1, "submit", "train", path, *elsewhere, "dataset=s3://glidepath/nowhere")
+    assert "dataset s3://glidepath/nowhere: expected one committed dataset, found none" in no_data["error"]
+    monkeypatch.setattr(package, "LIMIT_BYTES", 10_000)
+    too_large, _ = answered(capsys, 1, "submit", "train", path, *elsewhere)
+    assert f"working tree {ROOT}: expected at most 0 MiB" in too_large["error"]
+    assert not [details for details in client.list_jobs() if (details.submission_id or "").startswith("elsewhere")]
 
 
 def test_stop_and_ray_job_stop_save_before_the_run_ends(
@@ -417,6 +461,7 @@ def test_stop_and_ray_job_stop_save_before_the_run_ends(
     refused, _ = answered(capsys, 1, "submit", "train", path, "--no-wait")
     assert "job stopped-1, RUNNING" in refused["error"] or "job stopped-1, PENDING" in refused["error"]
     wait_for(lambda: started("stopped-1"))
+    assert not beyond_loopback(stack_env) and len(listeners(stack_env)) > 10
     said, _ = answered(capsys, 0, "stop", values["store"])
     [saved] = committed(store)
     assert (said["outcome"], said["position"]) == ("stopped", saved.position) and saved.position > 0
@@ -428,8 +473,8 @@ def test_stop_and_ray_job_stop_save_before_the_run_ends(
 
     answered(capsys, 0, "submit", "train", path, "--no-wait")
     wait_for(lambda: started("stopped-2"))
-    client.stop_job("stopped-2")
-    wait_for(lambda: client.get_job_status("stopped-2").is_terminal())
+    assert stop_jobs(stack_env.dashboard, 240) == []  # as a head that is taken away does
+    assert client.get_job_status("stopped-2").is_terminal()
     log = client.get_job_logs("stopped-2")
     newest = committed(store)[0]
     assert newest.attempt == 2 and newest.position > saved.position, log

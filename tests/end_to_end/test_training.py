@@ -56,12 +56,12 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one_to_the_bit(train_v
     remembers = {
         "diffusion": {"steps": 4, "timesteps": "loss_second_moment"},  # which draws by its losses after some 50 of them
         "samples": {"sampling": {"spacing": "2"}},
-        "guard": {"warmup": 1, "window": 3, "spike_factor": 1.02, "halt_after": 100},
+        "guard": {"warmup": 1, "window": 3, "spike_factor": 1.02, "rollback_after": 100, "sustained_after": 100},
     }
     whole, killed = (train_values(name, images=96, **remembers) for name in ("whole", "killed"))
     run(whole, workers=2)
     with pytest.raises(WorkerDied, match=r"worker 1 \(process \d+\): expected exit code 0, found ended by SIGKILL"):
-        run(killed, workers=2, on_event=kill_worker_1_at(64))
+        run(killed, workers=2, on_event=kill_worker_1_at(80))
     result = run(killed, workers=2)
     (resume,) = resumes(killed["store"])
     assert resume["images"] > 0
@@ -140,7 +140,7 @@ def test_training_needs_neither_ray_nor_mlflow_nor_any_other_service(
 
 def test_a_worker_that_refuses_is_heard_by_the_launcher(train_values: Values) -> None:
     # A rate at which nothing is learned: the losses go up and down, so one of them is above the median soon.
-    guard = {"halt_after": 1, "warmup": 1, "spike_factor": 1.000001}
+    guard = {"rollback_after": 1, "halt_after": 0, "warmup": 1, "spike_factor": 1.000001}
     values = train_values("refused", images=320, lr=1e-12, guard=guard)
     with pytest.raises(UserError, match=r"run refused, part base, at .* refused updates in a row"):
         run(values, workers=2)

@@ -1,0 +1,1 @@
+"""Manifests of clusters for Glidepath: what Kubernetes (KubeRay) and Ray's cluster launcher are told to run."""

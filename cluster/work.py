@@ -1,0 +1,171 @@
+"""What a job is to do: a training run, a corpus build or an evaluation, as it is told to a cluster.
+
+Always holds: nothing secret is in a job's entrypoint, environment or metadata, which everybody with the dashboard can
+read; every folder has its absolute path, since jobs run elsewhere. Called by `submit` and by what makes manifests.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.package import refuse_credentials
+from cluster.tracking import with_tracking_server
+from data_pipeline.corpus import CorpusConfig
+from data_pipeline.errors import UsageError, UserError
+from data_pipeline.sources import Input
+from data_pipeline.sources.remote import is_remote, public_uri
+from data_pipeline.storage import open_store
+from trainer.config import Datasets, TrainConfig
+from trainer.run import store_uri
+
+STOP_WAIT_S = 600  # that Ray gives the driver between SIGTERM and SIGKILL: a step, a save and its commit
+
+
+@dataclass(frozen=True)
+class Node:
+    """A live node and what it has in all."""
+
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job is to do. `store`: where its results go; `folders`: what it reads or writes outside object stores."""
+
+    kind: str  # train, corpus-build or evaluate
+    name: str  # of the run, or corpus-<configuration's name>, evaluate-<…>
+    store: str
+    values: dict[str, Any]
+    workers: int = 1  # at once at least, of one CPU each
+    gpus_per_worker: int = 0
+    folders: Sequence[str] = field(default=())
+    datasets: Sequence[str] = field(default=())  # that it reads
+
+    def metadata(self) -> dict[str, str]:
+        """By which a later submit knows the job."""
+        return {"glidepath_kind": self.kind, "glidepath_run": self.name, "glidepath_store": self.store}
+
+    def entrypoint(self, environment: Mapping[str, str]) -> str:
+        """The command of the job's driver. Raises UserError if a credential of `environment` stands in it."""
+        document = json.dumps({"name": self.name, "values": self.values})
+        refuse_credentials(f"configuration of {self.name}", document.encode(), environment)
+        return f"exec python -m cluster.job {self.kind} {shlex.quote(document)}"
+
+
+def training_work(config: TrainConfig) -> Work:
+    """The job of a training run: every folder by its absolute path, since jobs run elsewhere; the tracking server of
+    this environment. Raises UsageError, for a URI that carries credentials as well."""
+    config = with_tracking_server(config)
+    store = open_store(store_uri(config)).uri
+    changes: dict[str, Any] = {"store": store, "dataset": _absolute_datasets(config.dataset)}
+    if config.parent and "/" in config.parent:
+        open_store(config.parent)  # refuses credentials in it
+        changes["parent"] = _absolute(config.parent)
+    if config.heldout:
+        dataset = _absolute_dataset(config.heldout.dataset)
+        changes["heldout"] = config.heldout.model_copy(update={"dataset": dataset})
+    if config.tracking.uri:
+        changes["tracking"] = config.tracking.model_copy(update={"uri": _absolute(config.tracking.uri)})
+    config = config.model_copy(update=changes)
+    datasets = [*config.dataset_uris(), *([config.heldout.dataset] if config.heldout else [])]
+    parent = [config.parent] if config.parent and "/" in config.parent else []  # else a name, for the job to find
+    places = [store, *datasets, *parent, *([config.tracking.uri] if config.tracking.uri else [])]
+    return Work(
+        kind="train",
+        name=config.run,
+        store=store,
+        values=config.model_dump(mode="json"),
+        workers=(config.launcher.min_workers or config.launcher.workers) if config.launcher.kind == "ray" else 0,
+        gpus_per_worker=1 if config.launcher.device == "cuda" else 0,
+        datasets=datasets,
+        folders=[place for place in places if _is_folder(place)],
+    )
+
+
+def refuse_unfit(nodes: Sequence[Node], work: Work) -> None:
+    """Raise UserError if the work does not fit onto the nodes, were they empty, or lies where they cannot reach."""
+    if work.gpus_per_worker:
+        room = sum(min(node.cpus, node.gpus // work.gpus_per_worker) for node in nodes)
+    else:
+        room = sum(node.cpus for node in nodes)
+    if room < work.workers:
+        cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+        each = "1 CPU" + (" and 1 GPU" if work.gpus_per_worker else "")
+        raise UserError(
+            "Ray cluster",
+            f"room for {work.workers} workers of {each} each",
+            f"{cpus} CPUs and {gpus} GPUs on {len(nodes)} nodes",
+            "lower launcher.workers, or add nodes",
+        )
+    if len(nodes) > 1 and work.folders:
+        raise UserError(
+            f"folder {work.folders[0]}",
+            f"a place that all {len(nodes)} nodes of the cluster reach",
+            "a folder of one machine",
+            "put it at s3://…",
+        )
+
+
+def job_environment() -> dict[str, str]:
+    """What every job's processes need in their environment, wherever they run."""
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "RAY_COLOR_PREFIX": "0"}  # a log is a file
+
+
+def corpus_work(config: CorpusConfig, name: str) -> Work:
+    """The job of a corpus build; its output must be set. Raises UsageError, for a URI that carries credentials as
+    well."""
+    assert config.output is not None
+    inputs = tuple(_absolute_input(entry) for entry in config.inputs)
+    config = config.model_copy(update={"inputs": inputs, "output": open_store(config.output).uri})
+    places = [str(config.output), *(entry.uri for entry in inputs if entry.kind != "demo")]
+    return Work(
+        kind="corpus-build",
+        name=f"corpus-{name}",
+        store=str(config.output),
+        values=config.model_dump(mode="json", exclude_unset=True),  # a filter set to null is not one that is not set
+        folders=[place for place in places if _is_folder(place)],
+    )
+
+
+def _is_folder(uri: str) -> bool:
+    return "://" not in uri
+
+
+def _absolute(uri: str) -> str:
+    return str(Path(uri).absolute()) if "://" not in uri else uri
+
+
+def _absolute_dataset(name: str) -> str:
+    """A name without a slash is one of the state folder, as trainer.run.dataset_uri has it. Raises UsageError."""
+    return open_store(name).uri if "/" in name else name
+
+
+def _absolute_datasets(datasets: Datasets) -> Datasets:
+    """Of a mixture as well. Raises UsageError."""
+    if isinstance(datasets, str):
+        return _absolute_dataset(datasets)
+    return tuple(share.model_copy(update={"uri": _absolute_dataset(share.uri)}) for share in datasets)
+
+
+def _absolute_input(entry: Input) -> Input:
+    """Raises UsageError for an address that a job must not show."""
+    if public_uri(entry.uri) != entry.uri:
+        raise UsageError(
+            f"input {public_uri(entry.uri)}",
+            "an address without query or user",
+            "one that carries credentials, which a job would show to everybody with the dashboard",
+            "build it here with `corpus build`, or give s3://…",
+        )
+    scheme, separator, _ = entry.uri.partition("://")
+    if separator and not is_remote(entry.uri):
+        # The rest is not shown: it may be key:secret@bucket.
+        raise UsageError(
+            f"input {scheme}://…", "a folder or tar, s3://… or http(s)://…", f"scheme {scheme}://", "correct uri"
+        )
+    return entry if entry.kind == "demo" else entry.model_copy(update={"uri": _absolute(entry.uri)})
