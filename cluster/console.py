@@ -52,7 +52,7 @@ def say(text: str) -> None:
 def show(document: Any, as_json: bool) -> None:
     """The result: JSON for scripts, else aligned lines."""
     if as_json:
-        print(json.dumps(document))
+        print(json.dumps(document), flush=True)  # `page` goes on after it
     elif isinstance(document, list):
         stdout.print(table(document))
     else:

@@ -99,8 +99,10 @@ def draw_to_folder(
     folder: Path,
     progress: Progress = unwatched,
     warn: Callable[[str], None] = unwarned,
+    load: Callable[[DrawSettings], dict[str, Trained]] | None = None,
 ) -> dict[str, Any]:
     """Draw every prompt into `folder`, files as soon as their batch is done; `warn` gets each of "warnings" first.
+    `load`: by default `load_models`; who draws often keeps its models.
 
     Returns {"checkpoint", "samples": grid path, "images": paths, "warnings"}, with an upsampler also "base_images",
     with a CLIP "scores" [prompts][candidates] and "chosen" [prompts]. Raises UserError for checkpoints that do not fit
@@ -108,7 +110,7 @@ def draw_to_folder(
     """
     # Whatever can be refused is, before weights are read: those of the paper's base model are 14 GB.
     edit = read_edit(settings, read_configs(settings))
-    models = load_models(settings)
+    models = (load or load_models)(settings)
     pipeline = make_pipeline(settings, models)
     warnings = [*unguidable(settings, models), *cut_prompts(prompts, settings.first_number, models, pipeline.judge)]
     for line in warnings:

@@ -1,0 +1,1 @@
+"""The local pages: judging and sampling, one app on loopback, off unless `glidepath page` starts it."""
