@@ -13,7 +13,7 @@ import typer
 from cluster.console import Json, say, show
 from data_pipeline.errors import UsageError
 
-NAMES = "R1, R2, R3, R4, R5, R6 or R12"
+NAMES = "R1, R2, R3, R4, R5, R6, R7, R8, R9, R11, R12 or R13"
 
 
 def drill(

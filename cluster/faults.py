@@ -144,6 +144,8 @@ class _Connection(socketserver.BaseRequestHandler):
                 return self._end()
             with suppress(OSError):  # the client left, having seen enough
                 client.sendall(data)
+        with suppress(OSError):  # said at once: a client that keeps the connection must not ask on it again
+            client.shutdown(socket.SHUT_WR)
         return None
 
     def _received(self, upstream: socket.socket) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster import cli, drill_commands
-from cluster.drills import corruption, crash_points, faulty_store, full_disk, kills, registry, zero_chain
+from cluster.drills import corruption, crash_points, faulty_store, full_disk, kills, leaving, registry, zero_chain
 from cluster.drills.registry import Drill
 from cluster.drills.scoreboard import CannotRun, Score, run_all
 from cluster.drills.scratch import Wishes, scratch
@@ -154,7 +154,7 @@ def test_a_builder_with_a_full_disk_says_so_and_goes_on_once_there_is_room(
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("drill", [crash_points.run, faulty_store.run, corruption.run, full_disk.run])
+@pytest.mark.parametrize("drill", [crash_points.run, faulty_store.run, corruption.run, full_disk.run, leaving.run])
 def test_each_drill_in_full(drill: Any) -> None:
     with scratch(Wishes(seed=1), print) as place:
         score = drill(place)
