@@ -82,6 +82,7 @@ class DrillStack:
         direct.write_text(self._link_jobs())
         mine = dict.fromkeys(FOREIGN) | stack.environment() | {"AWS_CONFIG_FILE": str(direct)}
         exit_.enter_context(environment({**mine, "MLFLOW_TRACKING_URI": None}))
+        exit_.callback(self.kill_ray)  # `down` would wait for a save that nobody wants, over links that are gone
 
     def _remove_folders(self) -> None:
         """Ray's does not lie in the stack's: its path must be short. Another drill may want a stack as well."""
@@ -101,6 +102,12 @@ class DrillStack:
         direct = file.read_text()
         file.write_text(direct.replace(self._s3_url, self.s3.url))
         return direct
+
+    def kill_ray(self) -> None:
+        """Every process of it and of its jobs, at once."""
+        for process in self.processes_of_ray():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def processes_of_ray(self) -> list[psutil.Process]:
         found = []
@@ -338,7 +345,7 @@ def broken_promises(gang: Gang, reference: dict[int, list[int]], images: int) ->
 
 @dataclass(frozen=True)
 class Usage:
-    """How the time from the first step to the last was used. `step_s`: a step's median."""
+    """How the time from the first step to the last was used. `step_s`: a step's mean."""
 
     wall_s: float
     counted_s: float
@@ -353,13 +360,13 @@ class Usage:
 
 def usage(steps: list[Step], undone: Set[int] = frozenset()) -> Usage:
     """`undone`: positions of steps that were made and did not last. A step takes from the end of the one before; the
-    first of an attempt, of which that is not known, as long as the median. Of a position that was passed several times,
+    first of an attempt, of which that is not known, as long as the mean. Of a position that was passed several times,
     the last one counts."""
     last = {step.position: step for step in steps}
     seconds = {
         after: after.seen_s - before.seen_s for before, after in pairwise(steps) if before.attempt == after.attempt
     }
-    step_s = statistics.median(seconds.values())
+    step_s = statistics.fmean(seconds.values())
     kept = [step for step in last.values() if step.position not in undone]
     counted_s = sum(seconds.get(step, step_s) for step in kept)
     wall_s = steps[-1].seen_s - steps[0].seen_s + step_s

@@ -18,8 +18,8 @@ from cluster.drills.scoreboard import CannotRun, Score
 from cluster.drills.scratch import BATCH, Scratch
 
 KILLS = 20
-BETWEEN_S = (5.0, 35.0)  # from a step of the new attempt to the next kill
-SAVE_STEPS = 10
+BETWEEN_S = (10.0, 60.0)  # from a step of the new attempt to the next kill
+SAVE_STEPS = 30  # longer than a save takes to be stored, or it would be put off
 OF_BOUND = 0.9
 
 

@@ -78,8 +78,10 @@ def lose(gang: Gang, what: str) -> dict[str, Any]:
 
 def kill_processes(gang: Gang, what: str) -> None:
     """At once."""
-    everything = [process.pid for process in gang.stack.processes_of_ray()] if what == EVERYTHING else []
-    for pid in everything or gang.stack.find(what):
+    if what == EVERYTHING:
+        gang.stack.kill_ray()
+        return
+    for pid in gang.stack.find(what):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
