@@ -21,6 +21,7 @@ from cluster import processes
 SERVICES = ("s3", "mlflow", "ray")
 LISTS = ("actors", "jobs", "nodes", "objects", "placement_groups", "runtime_envs", "tasks", "workers", "cluster_events")
 PAGES = ("/api/jobs/", "/logical/actors", "/nodes?view=summary", "/api/cluster_status")
+TRIES = 5
 EVERYTHING = {"limit": "10000", "detail": "1", "exclude_driver": "0"}
 
 
@@ -101,7 +102,9 @@ def _mlflow(stack: Any) -> Iterator[tuple[str, bytes]]:
 
 def _dashboard(stack: Any) -> Iterator[tuple[str, bytes]]:
     def page(path: str, **query: str) -> requests.Response:
-        answer = requests.get(f"{stack.dashboard}{path}", params=query, timeout=60)
+        # A list that changes while Ray goes through it is answered by 500.
+        answers = (requests.get(f"{stack.dashboard}{path}", params=query, timeout=60) for _ in range(TRIES))
+        answer = next(found for number, found in enumerate(answers, 1) if found.status_code != 500 or number == TRIES)
         assert answer.status_code == 200, (path, answer.text[:300])
         return answer
 

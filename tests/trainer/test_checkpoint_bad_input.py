@@ -95,7 +95,7 @@ def cut_manifest(new: Path, old: Path) -> None:
         (swapped, rf"{PARTS[0]} block 0: expected crc32 [0-9a-f]{{8}}, found [0-9a-f]{{8}}"),
         (stale, rf"{PARTS[0]} block 0: expected crc32 [0-9a-f]{{8}}, found [0-9a-f]{{8}}"),
         (foreign, rf"{PARTS[1]} block 0: expected crc32 [0-9a-f]{{8}}, found [0-9a-f]{{8}}"),
-        (unknown_fields, "manifest.json: expected the keys of glidepath-checkpoint-2, found unknown key guards, zeal"),
+        (unknown_fields, "manifest.json: expected the keys of glidepath-checkpoint-3, found unknown key guards, zeal"),
         (of_another_run, "manifest.json: expected one of run test, found one of run other"),
         (of_an_older_checkpoint, f"manifest.json: expected that of {NEW}, found that of {OLD}"),
         (cut_manifest, "manifest.json: expected canonical JSON with its sha256, found other bytes"),
