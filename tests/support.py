@@ -16,6 +16,19 @@ import pyarrow as pa
 from cluster.launch import Event
 from data_pipeline.shards import open_dataset
 
+TINY_CLIP = {
+    "image_size": 16,
+    "embedding": 16,
+    "image_layers": 1,
+    "image_heads": 1,
+    "image_head_channels": 32,
+    "text_layers": 1,
+    "text_heads": 1,
+    "text_head_channels": 32,
+    "text_context": 12,
+    "vocabulary": 49408,
+}
+
 # A driver of a run in a process of its own, as in a job: each event is a line, the last one its summary.
 RUN = """
 import json, logging, sys
@@ -56,6 +69,14 @@ def ids_in_order(uri: str, seed: int, batch: int, images: int) -> list[tuple[int
     places = zip(*(found.tolist() for found in data.order(seed, batch).rows_at(np.arange(images))), strict=True)
     ids = [shards[shard][row] for shard, row in places]
     return [(start, ids[start : start + batch]) for start in range(0, images, batch)]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def wait_for(done: Callable[[], Any], seconds: float = 120) -> Any:

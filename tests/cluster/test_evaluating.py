@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support import TINY_CLIP
 
 from cluster import evaluating
 from cluster.evaluating import Evaluation, evaluate, find_parts
@@ -37,18 +38,6 @@ from trainer.recipes import parse_train_config
 from trainer.run import prepare_run, train
 from trainer.weights import load_trained
 
-CLIP = {
-    "image_size": 16,
-    "embedding": 16,
-    "image_layers": 1,
-    "image_heads": 1,
-    "image_head_channels": 32,
-    "text_layers": 1,
-    "text_heads": 1,
-    "text_head_channels": 32,
-    "text_context": 12,
-    "vocabulary": 49408,
-}
 Cli = Callable[..., tuple[int, Any, str]]
 
 
@@ -61,7 +50,10 @@ def runs(dataset_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     shared = {"dataset": dataset_uri, "images": 16, "batch": 8, "lr": 0.02, "ema": 0.5}
     enlarging = {**TINY_MODEL, "image_size": 32, "low_resolution": 16, "attention_resolutions": []}
     kinds: dict[str, dict[str, Any]] = {"upsampler": {"recipe": "glide_upsampler", "model": enlarging}}
-    kinds |= {"base": {"recipe": "glide_base", "model": TINY_MODEL}, "clip": {"recipe": "noised_clip", "model": CLIP}}
+    kinds |= {
+        "base": {"recipe": "glide_base", "model": TINY_MODEL},
+        "clip": {"recipe": "noised_clip", "model": TINY_CLIP},
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("GLIDEPATH_HOME", str(folder / "home"))

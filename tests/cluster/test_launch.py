@@ -7,32 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from support import alive, wait_for
 
 Values = Callable[..., dict[str, Any]]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(done: Callable[[], bool], seconds: float) -> bool:
-    """Poll, since other processes cannot tell."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if done():
-            return True
-        time.sleep(0.05)
-    return done()
 
 
 def test_workers_end_when_their_launcher_is_killed(train_values: Values, tmp_path: Path) -> None:
@@ -49,7 +31,7 @@ def test_workers_end_when_their_launcher_is_killed(train_values: Values, tmp_pat
         assert any(json.loads(line)["event"] == "progress" for line in launcher.stdout)
         assert len(pids) == 2 and all(alive(pid) for pid in pids)
         os.kill(launcher.pid, signal.SIGKILL)
-        assert wait_until(lambda: not any(alive(pid) for pid in pids), 20)
+        wait_for(lambda: not any(alive(pid) for pid in pids), 20)
     finally:
         launcher.kill()
         launcher.wait()

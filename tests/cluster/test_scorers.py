@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from numpy.typing import NDArray
+from support import TINY_CLIP
 
 from cluster.scorers import RayScorerPool, scorer_pools
 from cluster.training import build_swept
@@ -30,19 +31,6 @@ from trainer.engine.group import Group
 from trainer.evaluation.clip_score import NoisedClipScorer
 from trainer.recipes import parse_train_config
 from trainer.run import prepare_run, train
-
-CLIP = {
-    "image_size": 16,
-    "embedding": 16,
-    "image_layers": 1,
-    "image_heads": 1,
-    "image_head_channels": 32,
-    "text_layers": 1,
-    "text_heads": 1,
-    "text_head_channels": 32,
-    "text_context": 12,
-    "vocabulary": 49408,
-}
 
 # Scores the units of a store again, by actors of which each unit's first one dies.
 DYING = """
@@ -82,7 +70,7 @@ def clip_run(dataset_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "store": str(folder / "clip"),
         "dataset": dataset_uri,
         "recipe": "noised_clip",
-        "model": CLIP,
+        "model": TINY_CLIP,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

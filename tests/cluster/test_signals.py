@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support import alive
 
 from cluster import signals
 from cluster.signals import Interrupted, stop_on_signals
@@ -26,14 +27,6 @@ from trainer.stop import read_end
 from trainer.tracking.jsonl import read_events, read_lines
 
 Values = Callable[..., dict[str, Any]]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class Run:
