@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from types import TracebackType
 from typing import Any
 
@@ -47,6 +47,9 @@ class Beat:
     @property
     def process(self) -> Identity:
         return Identity(self.pid, self.started_ticks, this_process().boot)
+
+
+KNOWN = frozenset(known.name for known in fields(Beat))
 
 
 class DriverLease:
@@ -143,10 +146,15 @@ def lives(store: ObjectStore, beat: Beat, pause: Callable[[float], object] = tim
 
 
 def read_beat(store: ObjectStore, attempt: int) -> Beat | None:
-    """The newest sign of life of the driver of `attempt`; None without one that can be read."""
+    """The newest sign of life of the driver of `attempt`; None without one that can be read. What a newer version of
+    Glidepath says besides is passed over: its driver lives all the same."""
     try:
-        return Beat(**json.loads(store.get(_key(attempt))))
-    except (ObjectNotFound, ValueError, TypeError):
+        document = json.loads(store.get(_key(attempt)))
+        return Beat(**{name: value for name, value in document.items() if name in KNOWN})
+    except ObjectNotFound:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:  # the attempts stay the fence
+        log.warning("%s/%s is no sign of life: %s", store.uri, _key(attempt), error)
         return None
 
 

@@ -121,6 +121,7 @@ def out_of_memory(
     `values`: the resolved configuration, of which `workers` ran; `found`: how it ended; `memory`: of its event
     "raised", if it came to say it; `machine`: bytes that a worker without a GPU has there, 0 if unknown.
     """
+    # The configuration that the workers ran with, so it parses.
     values = {**values, "launcher": {**values["launcher"], "workers": workers}}
     config, memory = parse_train_config(values, "run"), memory or {}
     try:

@@ -60,7 +60,6 @@ class Worker:
         warm(values)
         return {
             "pid": os.getpid(),
-            "node_id": ray.get_runtime_context().get_node_id(),
             "host": host,
             "machine_bytes": machine_bytes(),
             "on_main_thread": threading.current_thread() is threading.main_thread(),

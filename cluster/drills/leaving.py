@@ -275,7 +275,7 @@ def leave(campaign: Campaign, way: Way) -> None:
     case = {"way": way.name, "steps": len(leaver.steps()), "seconds": round(ended.seconds, 2), "exit_code": ended.code}
     campaign.cases.append(case)
     wrong = [*resumed_wrongly(leaver, before), *damages(config)]
-    wrong += left_badly(leaver, ended, before) if way.well else ended_late(leaver, ended)
+    wrong += left_badly(leaver, ended, before) if way.well else ended_late(ended)
     campaign.repeats = campaign.repeats or not way.well
     campaign.failures += [f"{way.name}, attempt {leaver.attempt}: {fault}" for fault in wrong]
 
@@ -301,7 +301,7 @@ def left_badly(leaver: Leaver, ended: Ended, before: CheckpointName | None) -> I
         yield f"recorded as {newest_end.outcome if newest_end else 'under way'}"
 
 
-def ended_late(leaver: Leaver, ended: Ended) -> Iterator[str]:
+def ended_late(ended: Ended) -> Iterator[str]:
     """What is wrong with an end that should have come at once."""
     if ended.code != 1 or "interrupted" not in ended.document.get("error", ""):
         yield f"exit code {ended.code}, {ended.document}"

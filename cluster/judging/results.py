@@ -126,9 +126,7 @@ def flat_metrics(document: dict[str, Any]) -> dict[str, float]:
     """The figures of `results` under names such as elo/caption/MODEL; those that are None are left out."""
     found: dict[str, float] = {}
     for question, about in document["questions"].items():
-        found |= {
-            f"{name}/{question}": about[name] for name in ("answers", "ties", "judges", "median_ms", "left_share")
-        }
+        found |= {f"{name}/{question}": about[name] for name in COUNTS}
         for row in about["models"]:
             keys = (*ELO_KEYS, "win_rate", "win_rate_low", "win_rate_high")
             found |= {f"{key}/{question}/{row['model']}": row[key] for key in keys}

@@ -69,7 +69,15 @@ def test_a_driver_elsewhere_is_watched_for_two_intervals_and_lives_while_its_cou
     refuse_second_driver(store, "tiny", lambda _: pytest.fail("an attempt that has ended is not waited for"))
 
 
-def test_a_dead_driver_of_this_machine_and_a_damaged_or_missing_sign_of_life_hold_nothing_up(tmp_path: Path) -> None:
+def test_a_driver_of_a_newer_version_whose_sign_of_life_says_more_is_heeded(tmp_path: Path) -> None:
+    store, beat = begun(tmp_path, machine=lease.machine())  # this process drives it
+    store.put("driver/00001.json", [canonical_json(vars(beat) | {"mood": "good"})])
+    assert read_beat(store, 1) == beat and lives(store, beat)
+
+
+def test_a_dead_driver_of_this_machine_and_a_damaged_or_missing_sign_of_life_hold_nothing_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(_: float) -> None:
         pytest.fail("nothing is waited for")
 
@@ -81,6 +89,7 @@ def test_a_dead_driver_of_this_machine_and_a_damaged_or_missing_sign_of_life_hol
     refuse_second_driver(store, "tiny", fail)
     (tmp_path / "dead" / "driver" / "00001.json").write_text("{")
     refuse_second_driver(store, "tiny", fail)
+    assert "driver/00001.json is no sign of life" in caplog.text
     refuse_second_driver(LocalStore(tmp_path / "new"), "tiny", fail)
 
 

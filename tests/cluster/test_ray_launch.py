@@ -218,7 +218,7 @@ def test_a_killed_worker_is_followed_by_an_attempt_that_ends_as_if_nothing_had_h
     started = [event for event in events if event["event"] == "started"]
     assert len(started) == 2, stderr
     assert started[1]["standbys"] == 2, "started at the first step of the first gang"
-    assert all(on_main for event in started for on_main in event["on_main_thread"])
+    assert [event["on_main_thread"] for event in started] == [[True, True]] * len(started)
     assert not set(started[0]["pids"]) & set(started[1]["pids"])
     [restart] = [event for event in events if event["event"] == "restart"]
     assert "worker 1" in restart["reason"] and "restart: attempt 1" in stderr

@@ -112,7 +112,7 @@ function render(card, job) {
   const parts = [head, element("p", "soft small", settingsLine(job))];
   if (!ENDED.includes(job.state)) {
     const cancel = Object.assign(element("button", "quiet small", "Cancel"), { type: "button" });
-    cancel.addEventListener("click", () => ask(`/api/sample/jobs/${job.id}/cancel`, {}).catch(() => {}));
+    cancel.addEventListener("click", () => ask(`/api/sample/jobs/${job.id}/cancel`, {}).catch((error) => showError($("error"), error.message)));
     head.append(cancel);
     const progress = element("div", "progress");
     const bar = element("div");
