@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check drills clean
+.PHONY: demo test check drills docs clean
 
 demo: .venv/demo-installed
 	$(BIN)/glidepath demo
@@ -16,6 +16,10 @@ test: .venv/test-installed
 # What kills, waits or sweeps, in full; CI takes a short sample of it.
 drills: .venv/test-installed
 	$(BIN)/python -m pytest -q -m drill
+
+# The site, in build/docs; a warning is an error. Its tools need Python >= 3.11.
+docs: .venv/docs-installed
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
 
 # torch first: a dependency that is installed before it would bring a build for another accelerator.
 .venv/torch-installed: constraints.txt
@@ -32,6 +36,10 @@ drills: .venv/test-installed
 .venv/test-installed: .venv/demo-installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[cluster,demo,dev]'
 	$(BIN)/python -c "from cluster.services import install_swift; install_swift(print)"
+	touch $@
+
+.venv/docs-installed: .venv/torch-installed setup.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'
 	touch $@
 
 clean:

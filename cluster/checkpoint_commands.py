@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from cluster.console import Json, report_verification, say, show
-from cluster.find_run import Run, run_store
+from cluster.find_run import Run, checkpoint_or_run, run_store
 from data_pipeline.errors import UsageError
 
 checkpoints_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run.")
@@ -105,5 +105,5 @@ def checkpoints_export(
 
     if weights not in ("ema", "master"):
         raise UsageError("--weights", "ema or master", repr(weights), "correct it")
-    uri = checkpoint if "checkpoints/images-" in checkpoint else run_store(checkpoint)
+    uri = checkpoint_or_run(checkpoint)
     show(export_checkpoint(uri, out, "master" if weights == "master" else "ema", data_licence), as_json)

@@ -19,10 +19,13 @@ from cluster.console import Config, Json, Overrides, failure_line, progress_bar,
 from cluster.corpus_commands import corpus_app, load_corpus_config, show_corpus_plan
 from cluster.drill_commands import drill
 from cluster.evaluate_commands import evaluate, features, load_evaluate_config
-from cluster.find_run import Run, run_store
+from cluster.find_run import Run, checkpoint_or_run, run_store
+from cluster.imports import quick_imports
 from cluster.judge_commands import judge_app
 from cluster.manifest_commands import manifests
+from cluster.model_commands import models_app
 from cluster.page_commands import page
+from cluster.runs_commands import runs_app
 from cluster.signals import end_on_signals, stop_on_signals
 from data_pipeline.config import find_config, read_values
 from data_pipeline.errors import UsageError, UserError
@@ -32,21 +35,18 @@ INTERRUPTED = 130  # what typer makes of an interrupt
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Glidepath: the training system for GLIDE.")
 submit_app = typer.Typer(no_args_is_help=True, help="The same work as a job on a Ray cluster.")
 submit_corpus_app = typer.Typer(no_args_is_help=True, help="Corpus to Arrow shards, as a job.")
-runs_app = typer.Typer(no_args_is_help=True, help="Runs, side by side.")
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(submit_app, name="submit")
 submit_app.add_typer(submit_corpus_app, name="corpus")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(runs_app, name="runs")
 app.add_typer(judge_app, name="judge")
+app.add_typer(models_app, name="models")
 app.command()(drill)
 app.command()(evaluate)
 app.command()(features)
 app.command()(manifests)
 app.command()(page)
-
-Tracking = Annotated[str | None, typer.Option(help="Tracking server; by default $MLFLOW_TRACKING_URI.")]
-
 
 Address = Annotated[str | None, typer.Option(help="Ray dashboard; by default $RAY_API_SERVER_ADDRESS.")]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the job is submitted.")]
@@ -191,7 +191,8 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     """Train here, with a local worker group; the same command again goes on where it stopped. SIGTERM or Ctrl-C has it
     saved and ended, a second one ends it at once."""
     with stop_on_signals() as stop:  # around the imports too, which take seconds
-        from cluster.training import train_run
+        with quick_imports():
+            from cluster.training import train_run
 
         settings = load_train_config(config, overrides)
         with progress_bar(settings.run) as bar:
@@ -215,7 +216,8 @@ def submit_train(
 ) -> None:
     """Train as a Ray job; the same again after it ended goes on. Waits for it; Ctrl-C leaves it running."""
     settings = load_train_config(config, ["launcher.kind=ray", *(overrides or ())])
-    from cluster.work import training_work
+    with quick_imports():
+        from cluster.work import training_work
 
     submit_work(training_work(settings), address, no_wait, as_json)
 
@@ -252,7 +254,8 @@ def submit_evaluate(
 
 def submit_work(work: Any, address: str | None, no_wait: bool, as_json: bool) -> None:
     """Start a job and, unless `no_wait`, show its log and its summary."""
-    from cluster.submit import Cluster, address_of
+    with quick_imports():
+        from cluster.submit import Cluster, address_of
 
     cluster = Cluster(address_of(address))
     submission_id = cluster.submit(work)
@@ -298,34 +301,9 @@ def import_(
     show(import_release(known_kind(kind), read_json(arguments), file, out), as_json)
 
 
-@runs_app.command("list")
-def runs_list(tracking: Tracking = None, as_json: Json = False) -> None:
-    """Every run of the tracking server, or without one of the state folder; newest first."""
-    from cluster import runs
-
-    known = runs.known_runs(tracking)
-    show([runs.summary(run) for run in known] if as_json else runs.list_rows(known), as_json)
-
-
-@runs_app.command("compare")
-def runs_compare(
-    names: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names, stores or MLflow ids.")],
-    tracking: Tracking = None,
-    as_json: Json = False,
-) -> None:
-    """The settings in which runs differ, and the newest value of each metric."""
-    from cluster import runs
-
-    if len(names) < 2:
-        raise UsageError("runs compare", "two runs or more", f"{len(names)}", "name another one")
-    known = runs.known_runs(tracking)
-    document = runs.compare([runs.find_run(name, known) for name in names])
-    show(document if as_json else runs.comparison_rows(document), as_json)
-
-
 @app.command()
 def sample(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint URI, or a run (then its newest).")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint URI, models:/NAME@ALIAS, or a run (then its newest).")],
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of further prompts, one per line.")] = None,
     upsampler: Annotated[str | None, typer.Option(help="Checkpoint URI or run of an upsampler.")] = None,
@@ -364,7 +342,7 @@ def sample(
     from data_pipeline.config import parse
 
     uris = {
-        name: model if "checkpoints/images-" in model else run_store(model)
+        name: checkpoint_or_run(model)
         for name, model in (("checkpoint", checkpoint), ("upsampler", upsampler), ("clip", clip))
         if model
     }
@@ -410,7 +388,8 @@ def for_people(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def load_train_config(name: str, overrides: list[str] | None) -> Any:
     """The training configuration of a file or preset with overrides. Raises UsageError."""
-    from trainer.recipes import parse_train_config
+    with quick_imports():
+        from trainer.recipes import parse_train_config
 
     return parse_train_config(read_values(find_config("train", name), overrides or ()), name)
 

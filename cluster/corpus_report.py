@@ -245,8 +245,8 @@ def render_page(
             for name in (*order, *(["quarantine"] if inspection.quarantine else []))
         ),
         table=_table(list(shown.values())),
-        funnel=_inline(plots["funnel.png"], "png"),
-        histograms=_inline(plots["histograms.png"], "png"),
+        funnel=inline(plots["funnel.png"], "png"),
+        histograms=inline(plots["histograms.png"], "png"),
         sheets="\n".join(sheets),
         quarantine=_quarantine(inspection.quarantine, said["quarantined"]),
     )
@@ -325,8 +325,8 @@ def _text_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _thumb(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return _inline(buffer.getvalue(), "jpeg")
+    return inline(buffer.getvalue(), "jpeg")
 
 
-def _inline(data: bytes, kind: str) -> str:
+def inline(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

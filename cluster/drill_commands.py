@@ -13,7 +13,7 @@ import typer
 from cluster.console import Json, say, show
 from data_pipeline.errors import UsageError
 
-NAMES = "R1, R2, R3, R4, R5, R6, R7, R8, R9, R11, R12 or R13"
+NAMES = "R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, R11, R12 or R13"
 
 
 def drill(
@@ -26,7 +26,9 @@ def drill(
         str | None, typer.Option(help="Dataset URI; by default a small one is made, for R4 and R6's cache in any case.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the runs.")] = "fp32",
-    outage_s: Annotated[float, typer.Option(min=1, help="Of R4: the outage; other faults last a quarter of it.")] = 60,
+    outage_s: Annotated[
+        float, typer.Option(min=1, help="Of R4, R10: an outage; R4's other faults last a quarter of it.")
+    ] = 60,
     as_json: Json = False,
 ) -> None:
     """Do to a scratch run what happens to real ones, and keep score; exit code 1 unless every promise was kept."""

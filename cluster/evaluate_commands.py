@@ -64,14 +64,14 @@ def for_people(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def load_evaluate_config(name: str, overrides: list[str] | None) -> Any:
     """The configuration of a file or preset with overrides; runs given by name are found. Raises UsageError."""
     from cluster.evaluation_config import EvaluateConfig
-    from cluster.find_run import run_store
+    from cluster.find_run import checkpoint_or_run
     from trainer.evaluation.feature_networks import NoisedClipSettings
 
     values = read_values(find_config("evaluate", name), overrides or ())
     settings = parse(EvaluateConfig, values, name)
 
     def found(uri: str | None) -> str | None:
-        return uri if uri is None or "checkpoints/images-" in uri else run_store(uri)
+        return uri and checkpoint_or_run(uri)
 
     features = tuple(
         network.model_copy(update={"checkpoint": found(network.checkpoint)})
@@ -92,7 +92,8 @@ def features(
 ) -> None:
     """Store the features of pictures by a network, for the aesthetic score's linear probe."""
     from cluster.evaluation_config import parse_network
-    from trainer.evaluation.feature_networks import load_network, sha256_of
+    from data_pipeline.manifests import sha256_of
+    from trainer.evaluation.feature_networks import load_network
     from trainer.evaluation.linear_probe import in_lists, numbered_pictures, write_features
 
     if device not in ("cpu", "cuda"):

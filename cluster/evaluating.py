@@ -37,7 +37,7 @@ from data_pipeline import manifests
 from data_pipeline.config import state_folder
 from data_pipeline.errors import UserError
 from data_pipeline.images import ImageError, decode
-from data_pipeline.manifests import Document, digest_of
+from data_pipeline.manifests import Document, digest_of, sha256_of
 from data_pipeline.shards import Dataset, open_dataset
 from data_pipeline.storage import ObjectStore, canonical_json, open_store
 from trainer.config import HeldoutSettings
@@ -50,7 +50,6 @@ from trainer.evaluation.feature_networks import (
     NoisedClipSettings,
     identify,
     load_network,
-    sha256_of,
 )
 from trainer.evaluation.figures import (
     COMPARING,
@@ -351,15 +350,18 @@ def logged(
     sampling = {f"sampling.{key}": str(value) for key, value in point.sampling.model_dump().items()}
     params = {key: str(result[key]) for key in ("checkpoint", "weights", "seed", "images", "reference_images")}
     params |= {"dataset": parts.dataset.id, **sampling}
+    parents = [run_identity(run)]
+    if parts.upsampler:
+        store = {"store": parts.upsampler.store.uri}
+        parents.append(run_identity(parts.upsampler.config.model_copy(update=store)))
+        params["upsampler"] = parts.upsampler.uri
     name = f"{run.run} evaluation, guidance {point.sampling.guidance_scale:g}, {point.sampling.spacing} steps"
     step, digest = parts.base.manifest.position, parts.result_digest(point)
     try:
         with TemporaryDirectory(prefix="glidepath-") as folder:
             Path(folder, "result.json").write_bytes(canonical_json(result))
             files = Path(folder)
-            return store_results(
-                server, "evaluation", digest, name, step, result["metrics"], files, run_identity(run), params
-            )
+            return store_results(server, "evaluation", digest, name, step, result["metrics"], files, parents, params)
     except UserError as error:
         warn(f"not logged: {error}")
         return None

@@ -8,15 +8,14 @@ from the pictures that are stored, unless a newer checkpoint was committed meanw
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from cluster.evaluation_config import FOLDER, EvaluateConfig, ServerSettings, named_server
-from cluster.work import Work
+from cluster.work import Work, absolute_dataset, absolute_uri, is_folder
 from data_pipeline.config import parse
 from data_pipeline.errors import UserError
 from data_pipeline.storage import open_store
-from trainer.checkpoint.manifest import split_checkpoint_uri
+from trainer.checkpoint.manifest import is_checkpoint_uri, split_checkpoint_uri
 from trainer.evaluation.feature_networks import NoisedClipSettings
 from trainer.run import dataset_uri
 
@@ -29,7 +28,7 @@ def evaluation_work(config: EvaluateConfig, name: str) -> Work:
     """The job of an evaluation: every folder by its absolute path, since jobs run elsewhere; the tracking server of
     this environment. Raises UsageError, for a URI that carries credentials as well."""
     models = {key: _absolute_model(uri) for key in ("checkpoint", "upsampler") if (uri := getattr(config, key))}
-    dataset = open_store(config.dataset).uri if "/" in config.dataset else config.dataset
+    dataset = absolute_dataset(config.dataset)
     features = tuple(
         settings.model_copy(update={"checkpoint": _absolute_model(settings.checkpoint)})
         if isinstance(settings, NoisedClipSettings)
@@ -56,12 +55,12 @@ def evaluation_work(config: EvaluateConfig, name: str) -> Work:
         workers=1,
         gpus_per_worker=1 if config.device == "cuda" else 0,
         datasets=datasets,
-        folders=[place for place in places if "://" not in place],
+        folders=[place for place in places if is_folder(place)],
     )
 
 
 def _store_of(model: str) -> str:
-    return split_checkpoint_uri(model)[0] if "checkpoints/images-" in model else model
+    return split_checkpoint_uri(model)[0] if is_checkpoint_uri(model) else model
 
 
 def _absolute_model(uri: str) -> str:
@@ -69,7 +68,7 @@ def _absolute_model(uri: str) -> str:
     if "/" not in uri:
         return uri
     open_store(_store_of(uri))  # refuses credentials in it
-    return uri if "://" in uri else str(Path(uri).absolute())
+    return absolute_uri(uri)
 
 
 def evaluate_in_task(values: dict[str, Any], name: str) -> dict[str, Any]:

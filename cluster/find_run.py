@@ -18,6 +18,18 @@ Run = Annotated[
 ]
 
 
+def checkpoint_or_run(model: str) -> str:
+    """The URI of a checkpoint as it is, that which a registered model stands for, or that of the store of a run. Raises
+    UserError as `run_store` and `open_checkpoint` do."""
+    from trainer.checkpoint.manifest import is_checkpoint_uri
+    from trainer.tracking.registry import is_model_uri
+    from trainer.weights import open_checkpoint
+
+    if is_model_uri(model):
+        return open_checkpoint(model).uri
+    return model if is_checkpoint_uri(model) else run_store(model)
+
+
 def run_store(run: str) -> str:
     """The store URI of a run given by URI or by name. Raises UserError if there is no such run."""
     from cluster.runs import known_store

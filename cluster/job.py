@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from cluster.console import failure_line
+from cluster.imports import quick_imports
 from cluster.launch import Launcher
 from cluster.ray_cluster import connected
 from cluster.signals import end_on_signals, stop_on_signals
@@ -48,8 +49,9 @@ def main() -> int:
 def train(values: dict[str, Any], name: str) -> dict[str, Any]:
     """The job of a training run; the summary of `train --json`."""
     with stop_on_signals() as stop, connected(), _launcher_of(values) as launcher:
-        from cluster.training import train_run
-        from trainer.recipes import parse_train_config
+        with quick_imports():
+            from cluster.training import train_run
+            from trainer.recipes import parse_train_config
 
         said_at = 0.0
 

@@ -130,9 +130,7 @@ class _Gang:
 
     def _look(self) -> None:
         self._kills.look()
-        for straggler in self._watch.stragglers():
-            log.warning("rank %(rank)d on %(node)s is slow: %(factor).1f times the others' work per step", straggler)
-            self._on_event(straggler)
+        self._watch.tell_stragglers(self._on_event)
         if hung := self._watch.hung():
             self._on_event(hung.event())
             raise hung
@@ -153,7 +151,7 @@ class _Gang:
             return self._raised[rank]
         if event["event"] == "beat":
             self._watch.saw(event)
-        else:
+        elif event["event"] != "met":
             self._on_event(event)
             self._result = event if event["event"] == "result" else self._result
         return None

@@ -346,9 +346,7 @@ class _Gang:
 
 def _look(watch: GangWatch, on_event: Callable[[Event], None]) -> None:
     """At what the heartbeats say. Raises WorkerDied when a rank hangs."""
-    for straggler in watch.stragglers():
-        log.warning("rank %(rank)d on %(node)s is slow: %(factor).1f times the others' work per step", straggler)
-        on_event(straggler)
+    watch.tell_stragglers(on_event)
     if hung := watch.hung():
         if hung.node is not None and is_gone(hung.node):
             raise WorkerDied(hung.name, hung.expected, "its node gone", AFTER_DEATH, "node-lost", hung.rank, hung.node)

@@ -23,6 +23,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.environment import NodeFacts, node_environment, rank_environment
+from cluster.imports import quick_imports
 from cluster.launch import Event
 from data_pipeline.errors import UserError
 
@@ -54,10 +55,11 @@ class Worker:
         host = ray.util.get_node_ip_address()
         facts = dataclasses.replace(facts, interface=_interface_of(host))
         os.environ.update(node_environment(facts, os.environ))  # before the imports, of which some look at the GPUs
-        from cluster.out_of_memory import machine_bytes
-        from trainer.run import warm
+        with quick_imports():
+            from cluster.out_of_memory import machine_bytes
+            from trainer.run import warm
 
-        warm(values)
+            warm(values)
         return {
             "pid": os.getpid(),
             "host": host,
@@ -102,21 +104,9 @@ class Worker:
 
 
 def _train(place: Rank, spec: dict[str, Any], report: Callable[[Event], None]) -> None:
-    import torch
+    from cluster.rank import train_rank
 
-    from trainer.engine.group import open_group
-    from trainer.run import train
-    from trainer.watch import watched
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    values = spec["values"]
-    with watched(values, place.rank, report) as watch:
-        device = values["launcher"]["device"]
-        group = open_group(place.rank, place.world_size, place.rendezvous, device, watch=watch)
-        if place.rank == 0:
-            report({"event": "met"})
-        train(group=group, report=report, **spec)
-        group.close()
+    train_rank(place.rank, place.world_size, place.rendezvous, spec, report)
 
 
 class Mailbox:

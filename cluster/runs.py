@@ -1,4 +1,4 @@
-"""`glidepath runs`: what runs there are and in what they differ, from a tracking server or from the state folder.
+"""`glidepath runs`: what runs there are and what is known of each, from a tracking server or from the state folder.
 
 Always holds: nothing is written; a run is named by its name, its store or its MLflow id, and a name that two runs have
 is refused rather than guessed. Called by the command line.
@@ -7,32 +7,48 @@ is refused rather than guessed. Called by the command line.
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
+from cluster.comparison import THROUGHPUT, Compared, cell, choose_metrics
+from cluster.evaluation_config import FOLDER
+from data_pipeline import manifests
 from data_pipeline.config import state_folder
 from data_pipeline.errors import UserError
 from data_pipeline.storage import ObjectStore, open_store
 from trainer.checkpoint.attempts import ATTEMPTS, newest_attempt, read_record
+from trainer.config import flat_keys
 from trainer.recipes import parse_train_config
 from trainer.run import tracking_folder
 from trainer.stop import read_end
+from trainer.tracking.history import MlflowHistory
 from trainer.tracking.jsonl import METRICS, read_curves
 from trainer.tracking.mlflow import list_runs
-from trainer.tracking.runs import RunFigures, flat_text
+from trainer.tracking.runs import (
+    STEP_S,
+    WORKERS,
+    Curves,
+    Grid,
+    RunFigures,
+    RunHistory,
+    evaluation_curves,
+    flat_text,
+    grids_of,
+    param_value,
+)
 from trainer.tracking.server import is_server, tracking_uri
 
 log = logging.getLogger(__name__)
 
-IDENTIFIES = ("run", "store")  # settings that tell runs apart rather than compare them
 MLFLOW_STATUS = {
     None: "RUNNING", "resized": "RUNNING",  # another attempt is about to follow
     "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "died": "FAILED",
 }  # fmt: skip
+RESULT = re.compile(r"/result-[0-9a-f]+\.json$")
 Row = dict[str, Any]
 
 
@@ -56,24 +72,95 @@ def known_runs(tracking: str | None) -> list[RunFigures]:
 
 def run_of_folder(uri: str) -> RunFigures:
     """A run as its store and its metrics.jsonl have it. Raises UserError if there is none."""
-    store = open_store(uri)
-    attempt = newest_attempt(store)
-    if not attempt:
-        raise UserError(f"run {uri}", "a run's store", "no attempts in it", "glidepath runs list shows what there is")
-    config = parse_train_config(read_record(store, f"{ATTEMPTS}{attempt:05d}.json")["config"], uri)
-    folder = tracking_folder(config.model_copy(update={"store": store.uri}))
-    curves = {name: curve for name, curve in read_curves(folder).items() if curve}
-    metrics = folder / METRICS
+    history = FolderHistory(uri)
+    metrics = history.folder / METRICS
+    curves = history.all_curves
     return RunFigures(
-        run=config.run,
-        store=store.uri,
+        run=history.config.run,
+        store=history.store.uri,
         mlflow_run_id=None,
-        status=_status(store, attempt),
+        status=_status(history.store, history.attempt),
         images=max((max(curve) for curve in curves.values()), default=0),
         updated_ms=int(metrics.stat().st_mtime * 1000) if metrics.exists() else 0,
-        params=flat_text(config.model_dump(mode="json")),
+        params=flat_text(history.config.model_dump(mode="json")),
         metrics={name: curve[max(curve)] for name, curve in curves.items()},
     )
+
+
+class FolderHistory:
+    """See RunHistory: of a run whose curves are in a folder, and everything else in its store."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises UserError if there is no run."""
+        self.store = open_store(uri)
+        self.attempt = newest_attempt(self.store)
+        if not self.attempt:
+            raise UserError(
+                f"run {uri}", "a run's store", "no attempts in it", "glidepath runs list shows what there is"
+            )
+        record = read_record(self.store, f"{ATTEMPTS}{self.attempt:05d}.json")
+        self.config = parse_train_config(record["config"], uri)
+        self.folder = tracking_folder(self.config.model_copy(update={"store": self.store.uri}))
+
+    @cached_property
+    def all_curves(self) -> Curves:
+        return {name: curve for name, curve in read_curves(self.folder).items() if curve}
+
+    def settings(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json")
+
+    def curves(self, names: Sequence[str]) -> Curves:
+        return {name: self.all_curves[name] for name in names if name in self.all_curves}
+
+    def evaluations(self) -> Curves:
+        """Those that are stored in the run's store, which is where they go by default."""
+        keys = [info.key for info in self.store.list(f"{FOLDER}/") if RESULT.search(info.key)]
+        results = [found for key in keys if (found := manifests.read(self.store, key))]
+        return evaluation_curves((one["trained_images"], evaluation_facts(one), one["metrics"]) for one in results)
+
+    def grids(self) -> list[Grid]:
+        return grids_of(info.key for info in self.store.list("samples/"))
+
+    def picture(self, grid: Grid) -> bytes | None:
+        return self.store.get(grid.key)
+
+
+def evaluation_facts(result: dict[str, Any]) -> dict[str, str]:
+    """What a stored result is of, as its run on a tracking server has it for params."""
+    facts = {key: str(result[key]) for key in ("weights", "seed", "images")}
+    sampling = {f"sampling.{key}": str(value) for key, value in result["sampling"].items()}
+    return {**facts, "dataset": result["dataset"]["id"], **sampling}
+
+
+def compared_runs(
+    runs: Sequence[RunFigures], uri: str | None, wanted: Sequence[str], told: Callable[[int, str], None]
+) -> tuple[list[Compared], list[str], list[RunHistory]]:
+    """Runs with the curves to compare, their names, and where their pictures are. Raises UserError for a metric in
+    `wanted` that none of them logged."""
+    histories: list[RunHistory] = [
+        MlflowHistory(uri, run) if run.mlflow_run_id and uri else FolderHistory(run.store) for run in runs
+    ]
+    evaluations = [history.evaluations() for history in histories]
+    logged = [name for run in runs for name in run.metrics] + [name for found in evaluations for name in found]
+    names = choose_metrics(logged, wanted)
+    compared = []
+    for number, (run, history, evaluated) in enumerate(zip(runs, histories, evaluations, strict=True)):
+        told(number, run.run)
+        curves = history.curves([*names, STEP_S, WORKERS, THROUGHPUT]) | evaluated
+        newest = {name: curve[max(curve)] for name, curve in evaluated.items()}
+        settings = resolved(history.settings(), f"run {run.run}")
+        compared.append(Compared(summary(run), {**run.metrics, **newest}, settings, curves, history.grids()))
+    return compared, names, histories
+
+
+def resolved(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A stored configuration, flat, with today's default of each setting that came since; as it was stored, which is
+    said, where it is not one of today."""
+    try:
+        values = parse_train_config(values, name).model_dump(mode="json")
+    except UserError as error:
+        log.warning("its settings are compared as they were stored: %s", error)
+    return dict(flat_keys(values))
 
 
 def _status(store: ObjectStore, attempt: int) -> str:
@@ -110,18 +197,6 @@ def known_store(name: str) -> str | None:
     return find_run(name, runs).store if any(name in (run.run, run.mlflow_run_id) for run in runs) else None
 
 
-def compare(runs: Sequence[RunFigures]) -> dict[str, Any]:
-    """Settings that are not the same in all runs, and the newest value of each metric; None where a run has none."""
-    keys = sorted({key for run in runs for key in run.params if key not in IDENTIFIES})
-    settings = {key: [_value(run.params.get(key)) for run in runs] for key in keys}
-    names = sorted({name for run in runs for name in run.metrics})
-    return {
-        "runs": [summary(run) for run in runs],
-        "params_that_differ": {key: values for key, values in settings.items() if any(v != values[0] for v in values)},
-        "metrics": {name: [run.metrics.get(name) for run in runs] for name in names},
-    }
-
-
 def summary(run: RunFigures) -> Row:
     """One run as a row of `runs list`."""
     losses = (value for name, value in sorted(run.metrics.items()) if re.search(r"(?<!heldout/)\bloss/total$", name))
@@ -131,7 +206,7 @@ def summary(run: RunFigures) -> Row:
         "status": run.status,
         "images": run.images,
         "loss": next(losses, None),
-        "lr": _value(run.params.get("lr")),
+        "lr": param_value(run.params.get("lr", "null")),
         "updated": updated.isoformat(timespec="seconds"),
         "mlflow_run_id": run.mlflow_run_id,
         "store": run.store,
@@ -141,32 +216,4 @@ def summary(run: RunFigures) -> Row:
 def list_rows(runs: Sequence[RunFigures]) -> list[Row]:
     """`runs list` for people."""
     shown = ({key: value for key, value in summary(run).items() if key != "mlflow_run_id"} for run in runs)
-    return [{key: _cell(value) for key, value in row.items()} for row in shown]
-
-
-def comparison_rows(document: dict[str, Any]) -> list[Row]:
-    """`runs compare` for people: a line per figure, a column per run."""
-    names = [row["run"] for row in document["runs"]]
-    heads = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
-
-    def line(key: str, values: Sequence[Any]) -> Row:
-        return {"": key} | {head: _cell(value) for head, value in zip(heads, values, strict=True)}
-
-    rows = [line(key, [row[key] for row in document["runs"]]) for key in ("store", "status", "images")]
-    for title in ("params_that_differ", "metrics"):
-        rows += [line(key, values) for key, values in document[title].items()]
-    return rows
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _value(text: str | None) -> Any:
-    """A setting as its JSON value; text that is none stays text."""
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError:
-        return text
+    return [{key: cell(value) for key, value in row.items()} for row in shown]

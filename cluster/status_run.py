@@ -15,7 +15,7 @@ from cluster.lease import Beat, is_here, lives, read_beat
 from data_pipeline.errors import UserError
 from data_pipeline.storage import ObjectStore
 from trainer.checkpoint.attempts import ATTEMPTS, newest_attempt, number_of, read_record, record_key
-from trainer.checkpoint.manifest import committed
+from trainer.checkpoint.manifest import newest_committed
 from trainer.quarantine import read_skipped
 from trainer.stop import AttemptEnd, read_end
 
@@ -41,7 +41,7 @@ def run_status(store: ObjectStore, pause: Callable[[float], object] = time.sleep
     alive = beat is not None and lives(store, beat, pause)
     if alive:
         beat = beats[newest] = read_beat(store, newest) or beat
-    name = next(iter(committed(store)), None)
+    name = newest_committed(store)
     rows = [_row(number, ends[number], beats.get(number), alive and number == newest) for number in numbers]
     _count_unrecorded(rows, name.position if name else 0)
     return {
@@ -49,7 +49,7 @@ def run_status(store: ObjectStore, pause: Callable[[float], object] = time.sleep
         "store": store.uri,
         "images": max((row["images"] or 0 for row in rows[-1:]), default=0),
         "of_images": record["config"].get("images"),
-        "checkpoint": f"{store.uri}/{name.folder.rstrip('/')}" if name else None,
+        "checkpoint": name.uri(store) if name else None,
         "driver": _driver(beat, alive),
         "goodput": goodput(rows),
         "attempts": rows,

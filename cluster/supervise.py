@@ -23,7 +23,7 @@ from cluster.policy import THE_RUNS_OWN, Death, GiveUp, after_death, node_to_exc
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.storage import ObjectStore
 from trainer.checkpoint.attempts import Superseded, newest_attempt
-from trainer.checkpoint.manifest import committed
+from trainer.checkpoint.manifest import committed, newest_committed
 from trainer.config import LauncherSettings
 from trainer.stop import asked_of, record_end, request_stop
 
@@ -327,7 +327,7 @@ class _Driver:
         if record.death is not None:
             record.error = str(record.death)
         try:
-            record_end(self._store, record.end(next(iter(committed(self._store)), None), self._store.uri))
+            record_end(self._store, record.end(newest_committed(self._store), self._store))
         except OSError as error:
             # What the attempt itself came to matters more: a later `stop` looks at the driver, nothing else.
             log.warning("attempt %d %s, but its end could not be recorded: %s", record.attempt, record.outcome, error)
@@ -335,8 +335,8 @@ class _Driver:
 
 def _stopped_at_its_newest(store: ObjectStore) -> Event:
     """The result of a run that was stopped while nothing of it ran, in the keys of rank 0's. Raises OSError."""
-    newest = next(iter(committed(store)), None)
-    uri = f"{store.uri}/{newest.folder.rstrip('/')}" if newest else None
+    newest = newest_committed(store)
+    uri = newest.uri(store) if newest else None
     result: Event = {"event": "result", "images": newest.position if newest else 0, "checkpoint": uri, "stopped": True}
     result |= {"samples": None, "heldout": {}, "heldout_at_0": {}, "substituted_rows": 0}
     return result | {"failed_saves": 0, "delayed_saves": 0, "removed_checkpoints": 0, "failed_removals": 0}

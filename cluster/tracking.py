@@ -1,8 +1,9 @@
-"""The driver's side of tracking: one MLflow run for a training run, over all its attempts.
+"""The driver's side of tracking: one MLflow run for a training run, over all its attempts, and what the driver alone
+knows of it: slow and hung ranks, the system metrics of all nodes, MFU.
 
 Always holds: a server that does not answer refuses the first attempt, before a worker or a record of it exists; once
-the run's id is known a dead server holds nothing up, neither a restart nor the end. Called by cluster.training
-and the demo.
+the run's id is known a dead server holds up no restart, and the end for NOTE_DEADLINE_S at most; metrics of the driver
+and of rank 0 have different names, so each has one sender. Called by cluster.training and the demo.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from importlib import metadata
 from types import TracebackType
 
 from cluster.launch import Event
+from cluster.utilisation import Utilisation
 from data_pipeline.errors import UserError
 from data_pipeline.shards import open_dataset
 from data_pipeline.storage import open_store
+from trainer.checkpoint.attempts import first_record_key, read_record
+from trainer.checkpoint.manifest import split_checkpoint_uri
 from trainer.config import TrainConfig
 from trainer.run import dataset_uri, run_identity, run_lineage, store_uri, tracking_folder
+from trainer.tracking.background import BackgroundTracker
 from trainer.tracking.jsonl import JsonlTracker, read_curves, read_events
+from trainer.tracking.leftovers import DRIVERS, keep_undelivered, read_undelivered
 from trainer.tracking.mlflow import (
     DatasetUse,
     MlflowServer,
@@ -36,11 +42,12 @@ from trainer.tracking.mlflow import (
 )
 from trainer.tracking.server import is_server, tracking_uri
 from trainer.tracking.spool import ServerFailed
+from trainer.tracking.system import SYSTEM
 from trainer.tracking.tracker import HELDOUT
 
 log = logging.getLogger(__name__)
 
-NOTE_DEADLINE_S = 10.0  # how long the end of a run waits for notes of its last attempt
+NOTE_DEADLINE_S = 10.0  # how long the end of a run waits for what the driver has to say, twice
 
 
 def with_tracking_server(config: TrainConfig) -> TrainConfig:
@@ -62,20 +69,32 @@ class TrackedRun:
         self._attempt = 0  # the newest that this driver began
         self._images = 0  # that its last progress told of
         self.mlflow_run_id: str | None = None
+        self._tracker: BackgroundTracker | JsonlTracker | None = None
+        self._utilisation = Utilisation(config)
         if self._uri:
             check_server(self._uri)
 
     def begin(self, attempt: int, workers: int) -> None:
         """Open the run, or note another attempt of it. Raises UserError if the first of this driver cannot."""
-        self._attempt = attempt
-        if self._uri is None:
-            return
-        if self.mlflow_run_id is None:
+        self._attempt, self._utilisation.workers = attempt, workers
+        if self._tracker is not None:
+            self._tracker.attempt = attempt  # before the run is claimed for it
+        if self._uri and self.mlflow_run_id is None:
             self.mlflow_run_id = open_run(self._uri, self._about(attempt, workers))
-        else:
+        elif self._uri:
             # Not waited for: recovery is not for a tracking server to hold up.
             uri = self._uri
             self._note(lambda: open_run(uri, self._about(attempt, workers)))
+        self._tracker = self._tracker or self._open_tracker(attempt)
+
+    def _open_tracker(self, attempt: int) -> BackgroundTracker | JsonlTracker:
+        """The driver's own, with what the driver before could not deliver."""
+        uri, run_id = self._uri, self.mlflow_run_id
+        if uri is None or run_id is None:
+            return JsonlTracker(tracking_folder(self._config), attempt)
+        tracker = BackgroundTracker(lambda: MlflowServer(uri, run_id), attempt, NOTE_DEADLINE_S)
+        tracker.replay(read_undelivered(open_store(store_uri(self._config)), DRIVERS))
+        return tracker
 
     def watch(self, event: Event) -> None:
         """Of the driver's events, what the next attempt's notes say, and what is noted at once."""
@@ -84,17 +103,14 @@ class TrackedRun:
             self._restart_reason = event["reason"]
         elif kind == "progress":
             self._images = event["images"]
-        elif kind in ("straggler", "hung"):
+            self._utilisation.stepped(event)
+        elif kind in ("straggler", "hung") and self._tracker:
             how = f"{event['factor']} times the others' work" if kind == "straggler" else f"in {event['section']}"
-            self._note_event(kind, f"rank {event['rank']} on {event['node']}: {how}")
-
-    def _note_event(self, kind: str, text: str) -> None:
-        record = {"images": self._images, "attempt": self._attempt, "event": kind, "text": text}
-        uri, run_id = self._uri, self.mlflow_run_id
-        if uri and run_id:
-            self._note(lambda: MlflowServer(uri, run_id).send([], [record]))
-        else:
-            JsonlTracker(tracking_folder(self._config), self._attempt).event(self._images, kind, text)
+            self._tracker.event(self._images, kind, f"rank {event['rank']} on {event['node']}: {how}")
+        elif kind == "system" and self._tracker:
+            figures = {f"{SYSTEM}{event['node']}/{name}": value for name, value in event["figures"].items()}
+            mfu = self._utilisation.figure(event["gpu"])
+            self._tracker.log(event["images"], figures | ({"mfu": mfu} if mfu is not None else {}))
 
     def __enter__(self) -> TrackedRun:
         return self
@@ -109,6 +125,9 @@ class TrackedRun:
         warning."""
         for note in self._notes:
             note.join(NOTE_DEADLINE_S)
+        left = self._tracker.close() if self._tracker else []
+        if self._uri and self.mlflow_run_id:
+            keep_undelivered(open_store(store_uri(self._config)), left, DRIVERS)
         if self._uri and self.mlflow_run_id:
             try:
                 end_run(self._uri, self.mlflow_run_id, status, self._attempt)
@@ -140,7 +159,8 @@ class TrackedRun:
             "zero_stage": str(config.zero.stage),
             "code_version": metadata.version("glidepath"),
         }
-        if parents := [facts["parent"] for facts in run_lineage(open_store(store_uri(config))).values()]:
+        lineage = run_lineage(open_store(store_uri(config)))
+        if parents := [facts["parent"] for facts in lineage.values()]:
             tags["parent"] = " ".join(parents)
         if job := ray_job():
             tags["job"] = job
@@ -153,7 +173,19 @@ class TrackedRun:
             datasets=tuple(datasets),
             attempt_tags=tags,
             restart_reason=self._restart_reason,
+            parents=tuple(identity for uri in parents if (identity := identity_of_parent(uri))),
         )
+
+
+def identity_of_parent(checkpoint: str) -> str | None:
+    """Of the run that wrote a checkpoint; None where nothing tells it: an imported release, a store that is gone."""
+    store = open_store(split_checkpoint_uri(checkpoint)[0])
+    try:
+        first = first_record_key(store)
+        return read_record(store, first).get("identity") if first else None
+    except (UserError, OSError) as error:
+        log.warning("parent %s: its run is not linked on the tracking server: %s", checkpoint, error)
+        return None
 
 
 def heldout_of(config: TrainConfig, result: Event, mlflow_run_id: str | None) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ launchers, at least once a second; trainer/watch.py says what a beat is.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 
 from cluster.launch import Event, WorkerDied
 from trainer.config import WatchSettings
+
+log = logging.getLogger(__name__)
 
 OWN_STALL_S = 10.0  # between two looks: the driver was stopped or busy, and heard nobody meanwhile
 FEWEST_STEPS = 3  # of every rank in a window
@@ -131,6 +134,12 @@ class GangWatch:
     def _limit_s(self, rank: _Rank) -> float | None:
         limit_s: float | None = self._settings.start_s if rank.beat is None else rank.beat["deadline_s"]
         return limit_s
+
+    def tell_stragglers(self, on_event: Callable[[Event], None]) -> None:
+        """`stragglers`, in the log as well."""
+        for straggler in self.stragglers():
+            log.warning("rank %(rank)d on %(node)s is slow: %(factor).1f times the others' work per step", straggler)
+            on_event(straggler)
 
     def stragglers(self) -> list[Event]:
         """Ranks that turned out slow since the last call: {"event": "straggler", "rank", "node", "factor"}, the factor

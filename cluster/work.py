@@ -22,6 +22,7 @@ from data_pipeline.sources.remote import is_remote, public_uri
 from data_pipeline.storage import open_store
 from trainer.config import Datasets, TrainConfig
 from trainer.run import store_uri
+from trainer.tracking.registry import is_model_uri
 
 STOP_WAIT_S = 600  # that Ray gives the driver between SIGTERM and SIGKILL: a step, a save and its commit
 
@@ -64,17 +65,19 @@ def training_work(config: TrainConfig) -> Work:
     config = with_tracking_server(config)
     store = open_store(store_uri(config)).uri
     changes: dict[str, Any] = {"store": store, "dataset": _absolute_datasets(config.dataset)}
-    if config.parent and "/" in config.parent:
+    # Else a name, or a registered model, for the job to find.
+    stored = config.parent is not None and "/" in config.parent and not is_model_uri(config.parent)
+    if config.parent and stored:
         open_store(config.parent)  # refuses credentials in it
-        changes["parent"] = _absolute(config.parent)
+        changes["parent"] = absolute_uri(config.parent)
     if config.heldout:
-        dataset = _absolute_dataset(config.heldout.dataset)
+        dataset = absolute_dataset(config.heldout.dataset)
         changes["heldout"] = config.heldout.model_copy(update={"dataset": dataset})
     if config.tracking.uri:
-        changes["tracking"] = config.tracking.model_copy(update={"uri": _absolute(config.tracking.uri)})
+        changes["tracking"] = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri)})
     config = config.model_copy(update=changes)
     datasets = [*config.dataset_uris(), *([config.heldout.dataset] if config.heldout else [])]
-    parent = [config.parent] if config.parent and "/" in config.parent else []  # else a name, for the job to find
+    parent = [config.parent] if config.parent and stored else []
     places = [store, *datasets, *parent, *([config.tracking.uri] if config.tracking.uri else [])]
     return Work(
         kind="train",
@@ -84,7 +87,7 @@ def training_work(config: TrainConfig) -> Work:
         workers=(config.launcher.min_workers or config.launcher.workers) if config.launcher.kind == "ray" else 0,
         gpus_per_worker=1 if config.launcher.device == "cuda" else 0,
         datasets=datasets,
-        folders=[place for place in places if _is_folder(place)],
+        folders=[place for place in places if is_folder(place)],
     )
 
 
@@ -129,19 +132,19 @@ def corpus_work(config: CorpusConfig, name: str) -> Work:
         name=f"corpus-{name}",
         store=str(config.output),
         values=config.model_dump(mode="json", exclude_unset=True),  # a filter set to null is not one that is not set
-        folders=[place for place in places if _is_folder(place)],
+        folders=[place for place in places if is_folder(place)],
     )
 
 
-def _is_folder(uri: str) -> bool:
+def is_folder(uri: str) -> bool:
     return "://" not in uri
 
 
-def _absolute(uri: str) -> str:
-    return str(Path(uri).absolute()) if "://" not in uri else uri
+def absolute_uri(uri: str) -> str:
+    return str(Path(uri).absolute()) if is_folder(uri) else uri
 
 
-def _absolute_dataset(name: str) -> str:
+def absolute_dataset(name: str) -> str:
     """A name without a slash is one of the state folder, as trainer.run.dataset_uri has it. Raises UsageError."""
     return open_store(name).uri if "/" in name else name
 
@@ -149,8 +152,8 @@ def _absolute_dataset(name: str) -> str:
 def _absolute_datasets(datasets: Datasets) -> Datasets:
     """Of a mixture as well. Raises UsageError."""
     if isinstance(datasets, str):
-        return _absolute_dataset(datasets)
-    return tuple(share.model_copy(update={"uri": _absolute_dataset(share.uri)}) for share in datasets)
+        return absolute_dataset(datasets)
+    return tuple(share.model_copy(update={"uri": absolute_dataset(share.uri)}) for share in datasets)
 
 
 def _absolute_input(entry: Input) -> Input:
@@ -168,4 +171,4 @@ def _absolute_input(entry: Input) -> Input:
         raise UsageError(
             f"input {scheme}://…", "a folder or tar, s3://… or http(s)://…", f"scheme {scheme}://", "correct uri"
         )
-    return entry if entry.kind == "demo" else entry.model_copy(update={"uri": _absolute(entry.uri)})
+    return entry if entry.kind == "demo" else entry.model_copy(update={"uri": absolute_uri(entry.uri)})

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from cluster.imports import quick_imports
 from cluster.signals import SIGNALS
 from data_pipeline.errors import UserError
 
@@ -38,20 +39,11 @@ def main() -> int:
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format=f"%(asctime)s rank {rank}: %(message)s", datefmt="%H:%M:%S")
 
-    import torch
-
-    from cluster.out_of_memory import raised_event
-    from trainer.engine.group import open_group
-    from trainer.run import train
-    from trainer.watch import watched
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    values = spec["train"]["values"]
+    with quick_imports():
+        from cluster.out_of_memory import raised_event
+        from cluster.rank import train_rank
     try:
-        with watched(values, rank, report) as watch:
-            group = open_group(rank, world_size, spec["rendezvous"], values["launcher"]["device"], watch=watch)
-            train(group=group, report=report, **spec["train"])
-            group.close()
+        train_rank(rank, world_size, spec["rendezvous"], spec["train"], report)
     except UserError as error:
         report({"event": "error", "fields": error.fields()})
         return error.exit_code

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
@@ -28,6 +29,15 @@ class NotSealed(Exception):
     def __init__(self, expected: str, found: str) -> None:
         self.expected, self.found = expected, found
         super().__init__(f"expected {expected}, found {found}")
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def seal(document: Document) -> bytes:

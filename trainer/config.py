@@ -143,6 +143,7 @@ class TrackingSettings(Settings):
 
     uri: str | None = None
     consumed_ids: bool = False  # also list the ids of every global batch, in consumed.jsonl
+    system_s: PositiveTime | None = 10.0  # between samples of each node's CPU, memory, disk, network, GPUs; null: none
 
 
 class GuardSettings(Settings):
@@ -170,6 +171,7 @@ class WatchSettings(Settings):
     reduce_s: PositiveTime = 600.0  # all ranks at once in a collective call: the network
     update_s: PositiveTime = 300.0
     save_s: PositiveTime = 600.0  # the snapshot; storing it has checkpoint.deadline_s
+    restore_s: PositiveTime = 1800.0  # of a rollback
     sample_s: PositiveTime = 1800.0
     evaluate_s: PositiveTime = 1800.0
     loop_s: PositiveTime = 300.0  # between sections: logging
@@ -220,6 +222,7 @@ class SampleSettings(Settings):
     """Grids of fixed prompts at fixed seeds while training."""
 
     prompts: tuple[str, ...] = ()  # none: the captions (and for an upsampler the pictures) of the first held-out rows
+    weights: Literal["ema", "raw", "both"] = "ema"  # raw: as trained; both: two grids, twice the time
     every_images: Positive = 100_000
     sampling: SamplingSettings = SamplingSettings()
 

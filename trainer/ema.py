@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
 from trainer.engine.engine import Interval
 
 
@@ -21,6 +23,7 @@ def update_ema(view: Iterable[Interval], decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * master, in place, for every interval of a shard view."""
     intervals = list(view)
     masters = {(interval.name, interval.offset): interval.values for interval in intervals if interval.kind == "master"}
-    for interval in intervals:
-        if interval.kind == "ema":
-            interval.values.lerp_(masters[interval.name, interval.offset], 1.0 - decay)
+    averages = [interval for interval in intervals if interval.kind == "ema"]
+    if averages:  # a rank's share may be nothing; on a GPU all are one kernel
+        current = [masters[interval.name, interval.offset] for interval in averages]
+        get_ema_multi_avg_fn(decay)([interval.values for interval in averages], current, None)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,12 +39,15 @@ from trainer.sampling import draw_images
 from trainer.step import Trainee, train_step
 from trainer.stop import StopAsked, StopWatch
 from trainer.tracking.jsonl import append_line
+from trainer.tracking.runs import WORKERS
 from trainer.tracking.tracker import Tracker
+from trainer.weights import WeightsKind
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 GRID_PICTURES = 8
+GRIDS: dict[Literal["ema", "raw"], WeightsKind] = {"ema": "ema", "raw": "master"}
 CONSUMED = "consumed.jsonl"
 REMOVAL_PATIENCE_S = 60.0  # at the end of a run, for checkpoints that need not stay
 
@@ -55,10 +58,10 @@ def newest_loss(figures: Mapping[str, float]) -> float:
 
 
 @contextmanager
-def ema_modules(trainee: Trainee) -> Iterator[Mapping[str, nn.Module]]:
-    """The parts with their EMA weights, in evaluation mode. A collective call."""
+def weights_of(trainee: Trainee, kind: WeightsKind = "ema") -> Iterator[Mapping[str, nn.Module]]:
+    """The parts with these weights, in evaluation mode. A collective call."""
     with ExitStack() as stack:
-        yield {name: stack.enter_context(engine.weights("ema")) for name, engine in trainee.engines.items()}
+        yield {name: stack.enter_context(engine.weights(kind)) for name, engine in trainee.engines.items()}
 
 
 class TrainingLoop:
@@ -89,7 +92,7 @@ class TrainingLoop:
         self.heldout_at_0: dict[str, float] = {}  # known to the attempt that began there
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # where held-out figures were last taken, and which
         self.substituted_rows = 0  # that took the place of damaged ones, in this attempt
-        self.damaged: set[tuple[int, int]] = set()  # the places that rank 0 has told of
+        self.damaged: set[tuple[int, int]] = set()  # places that were told of: shard, batch or -1
         self.quarantined: frozenset[int] = frozenset()  # shards in whose place other rows are read
         self.skips = SkipList(self.store)
         saver.before_commit = self.skips.write
@@ -157,13 +160,14 @@ class TrainingLoop:
 
     def roll_back(self, reason: str) -> None:
         """All parts go back to before the first bad observation, the data do not; what is to blame for it is
-        quarantined; and that is committed before the next step. A collective call."""
+        quarantined; and that is committed before the next step, if the store lets it. A collective call."""
         since = doubted_since(self.trainee.guards.values())
         assert since is not None
         with self.watch.section("commit"):
             if failed := self.saver.settle():
                 self.say("save-failed", str(failed))
             self.saver.let_end()
+        with self.watch.section("restore"):
             found = go_back(self.trainee, self.store, self.saver.identity, self.order.state(0), since)
         for damage in found.passed_over if found else ():
             self.say("fallback", damage)
@@ -175,6 +179,7 @@ class TrainingLoop:
         self.list_skipped(Skipped("rollback", begin, self.position, reason, self.saver.identity.attempt))
         self.quarantine(since, shards_to_blame(self.trainee, self.loader, since, self.position))
         self.commit_rollback(found)
+        self.watch.begin_steps()  # the next one did not take all that time
 
     def quarantine(self, since: int, to_blame: Mapping[int, str]) -> None:
         """From here on other rows take the place of those of these shards. Found in the images from `since`."""
@@ -185,8 +190,6 @@ class TrainingLoop:
         for shard, reason in to_blame.items():
             dataset, name = self.dataset.shard_label(shard)
             self.say("quarantine", f"{name} of dataset {dataset[:12]}: {reason}; other rows take its place")
-            if self.group.rank == 0:
-                self.report({"event": "quarantine", "images": self.position, "dataset": dataset, "shard": name})
             attempt = self.saver.identity.attempt
             self.list_skipped(Skipped("quarantine", since, self.position, reason, attempt, dataset=dataset, shard=name))
         self.quarantined = quarantined
@@ -194,16 +197,21 @@ class TrainingLoop:
         self.loader, self.batches = self.read_on()
 
     def commit_rollback(self, found: Restored | None) -> None:
-        """A checkpoint of this position, in the parts of the one that was gone back to where there is one."""
+        """A checkpoint of this position, in the parts of the one that was gone back to where there is one. Where the
+        store fails it, a save is owed; a resume from before would come to the same rollback."""
         if found is None:
             self.save()
+        failed = None
         with self.watch.section("commit"):
             if found is None:
-                self.saver.wait()
+                failed = self.saver.settle()
             elif self.group.rank == 0:
-                self.saver.refer(self.position, found, self.state_beside_the_parts())
+                failed = self.saver.refer(self.position, found, self.state_beside_the_parts())
+            committed = self.group.all_agree(failed is None)
+        if failed:
+            self.say("save-failed", str(failed))
         self.checkpoint = self.saver.committed or self.checkpoint
-        self.saved, self.save_owed, self.save_begun_s = self.position, False, time.monotonic()
+        self.saved, self.save_owed, self.save_begun_s = self.position * committed, not committed, time.monotonic()
 
     def stop_agreed(self) -> bool:
         """Whether rank 0 knows of a request. A collective call."""
@@ -249,21 +257,21 @@ class TrainingLoop:
                 self.list_skipped(Skipped("skip", begin, position, reason, attempt, part))
         values = {name: value for name, value in figures.items() if not isinstance(value, str)}
         values.update(step_figures(self.watch.end_step(), self.config.batch) | memory())
+        values[WORKERS] = float(self.group.world_size)
         self.tracker.log(position, values)
         if self.group.rank == 0:
             self.report({"event": "progress", "images": position, "loss": newest_loss(values)} | values)
 
     def count_substituted(self, micro_batches_of_step: list[MicroBatch]) -> int:
         """Rows of the global batch that took the place of damaged or quarantined ones. A collective call: every rank
-        brings its own count, and the place of the first; rank 0 tells of each damaged place once."""
-        places = [place for micro in micro_batches_of_step for place in micro.replaced]
+        brings its own count, and a damaged place that was not told of yet; rank 0 tells of it."""
+        places = [(s, -1 if b is None else b) for micro in micro_batches_of_step for s, b in micro.replaced]
+        new = (place for place in places if place[0] not in self.quarantined and place not in self.damaged)
         found = torch.zeros(self.group.world_size, 3, dtype=torch.int64)
-        if places:
-            shard, batch = places[0]
-            found[self.group.rank] = torch.tensor([len(places), shard, -1 if batch is None else batch])
+        found[self.group.rank] = torch.tensor([len(places), *next(new, (-1, -1))])
         found = self.group.sum_(found)
         for rows, shard, batch in found.tolist():
-            if rows and (shard, batch) not in self.damaged and shard not in self.quarantined:
+            if rows and shard >= 0 and (shard, batch) not in self.damaged:
                 self.damaged.add((shard, batch))
                 where = f"shard {shard}, all of it" if batch < 0 else f"shard {shard} batch {batch}"
                 self.say("substituted", f"{where} is damaged; other rows take its place, from image {self.position} on")
@@ -316,28 +324,35 @@ class TrainingLoop:
             yield from engine.shard_view()
 
     def sample(self) -> str | None:
-        """A grid of EMA samples in the store; its key, None if a stop came first. A collective call; rank 0 draws."""
-        key = None
-        if not (self.config.samples.prompts or self.heldout):
+        """A grid of samples for each of the wanted weights, of equal noise; the key of the first that is in the store.
+        A collective call; rank 0 draws."""
+        settings = self.config.samples
+        if not (settings.prompts or self.heldout):
             return None
-        with self.watch.section("sample"), ema_modules(self.trainee) as modules:
-            if self.group.rank == 0:
-                try:
-                    drawn, prompts = self.draw(modules)
-                except StopAsked:
-                    self.say("samples-left", "a stop was asked for")
-                    return None
-                key = f"samples/images-{self.position:09d}-ema.png"
-                about = {"run": self.config.run, "images": str(self.position)}
-                png = png_bytes(grid(drawn, prompts), about)
-                try:
-                    self.store.put(key, [png])
-                except OSError as error:
-                    self.say("samples-failed", f"{key}: {error}")
-                    return None
-                self.say("samples", key)
-                self.tracker.picture(self.position, key, png)
-        return key
+        keys = [self.sample_with(name) for name in GRIDS if settings.weights in (name, "both")]
+        return next((key for key in keys if key), None)
+
+    def sample_with(self, name: Literal["ema", "raw"]) -> str | None:
+        """One grid in the store; its key, None if a stop came first. A collective call; rank 0 draws."""
+        key = f"samples/images-{self.position:09d}-{name}.png"
+        with self.watch.section("sample"), weights_of(self.trainee, GRIDS[name]) as modules:
+            if self.group.rank != 0:
+                return None
+            try:
+                drawn, prompts = self.draw(modules)
+            except StopAsked:
+                self.say("samples-left", "a stop was asked for")
+                return None
+            about = {"run": self.config.run, "images": str(self.position), "weights": name}
+            png = png_bytes(grid(drawn, prompts), about)
+            try:
+                self.store.put(key, [png])
+            except OSError as error:
+                self.say("samples-failed", f"{key}: {error}")
+                return None
+            self.say("samples", key)
+            self.tracker.picture(self.position, key, png)
+            return key
 
     def draw(self, modules: Mapping[str, nn.Module]) -> tuple[Pixels, list[str]]:
         """The grid's pictures and captions: of the configured prompts, or of held-out rows prepared as in training."""
@@ -366,7 +381,7 @@ class TrainingLoop:
             return self.stop.asked
 
         try:
-            with self.watch.section("evaluate"), ema_modules(self.trainee) as modules:
+            with self.watch.section("evaluate"), weights_of(self.trainee) as modules:
                 losses = heldout_loss(config, modules, dataset, config.heldout, self.group, stop_asked=asked)
                 if last and (rows := config.heldout.bits_per_dimension):
                     bits = heldout_bits_per_dimension(config, modules, dataset, rows, self.group, asked)
@@ -399,7 +414,7 @@ class TrainingLoop:
         if self.stopped:
             self.say("stop", f"saved {self.checkpoint or 'nothing, before the first step,'} and ended, as asked")
         if self.group.rank == 0:
-            uri = f"{self.store.uri}/{self.checkpoint.folder.rstrip('/')}" if self.checkpoint else None
+            uri = self.checkpoint.uri(self.store) if self.checkpoint else None
             result = {"images": self.position, "samples": samples, "heldout": heldout, "checkpoint": uri}
             result |= {"stopped": self.stopped, "heldout_at_0": self.heldout_at_0}
             result |= {"substituted_rows": self.substituted_rows}

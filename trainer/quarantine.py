@@ -137,7 +137,9 @@ def bisect(
     suspects: list[int], positions: NDArray[np.int64], shards: NDArray[np.int64], refused: Refused
 ) -> dict[int, str]:
     """Those of the suspects that are refused alone; ends early when there are too many. A half that is not refused has
-    no such shard: what a row adds to loss and gradient does not depend on which others are left out."""
+    no such shard: what a row adds to loss and gradient does not depend on which others are left out. A contrastive
+    loss does, since a row is compared with the others; there a shard can be missed, but none is blamed that is not
+    refused alone."""
     found: dict[int, str] = {}
     open_ = [suspects] if suspects else []
     while open_ and len(found) <= MOST_TO_BLAME:

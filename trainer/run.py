@@ -42,6 +42,7 @@ from trainer.tracking.jsonl import JsonlTracker
 from trainer.tracking.leftovers import keep_undelivered, read_undelivered
 from trainer.tracking.mlflow import MlflowServer
 from trainer.tracking.server import is_server
+from trainer.tracking.system import SystemSampler
 from trainer.tracking.tracker import NoTracker, Tracker
 from trainer.weights import initial_module, lineage_of, start_of
 
@@ -153,6 +154,9 @@ def train(values: dict[str, Any], attempt: int, group: Group, report: Report, ml
     with ExitStack() as stack:
         if group.rank == 0:
             stack.callback(lambda: keep_undelivered(store, tracker.close()))
+        every_s = config.tracking.system_s
+        if every_s is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of each node
+            stack.enter_context(SystemSampler(every_s, report, lambda: loop.position))
         loop.restore()
         if group.rank == 0:
             report({"event": "loaded", "images": loop.position})
@@ -174,9 +178,9 @@ def warm(values: dict[str, Any]) -> None:
     """
     config = parse_train_config(values, "run")
     open_store(store_uri(config))
-    torch.optim.AdamW([torch.zeros(1)])  # the first one imports torch._dynamo: two seconds
     if config.zero.stage:
         importlib.import_module("trainer.engine.deepspeed_engine")
+        torch.optim.AdamW([torch.zeros(1)])  # the first one imports torch._dynamo: two seconds
 
 
 def make_tracker(config: TrainConfig, attempt: int, mlflow_run_id: str | None) -> Tracker:

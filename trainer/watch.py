@@ -27,7 +27,7 @@ from trainer.config import WatchSettings
 
 log = logging.getLogger(__name__)
 
-Section = Literal["data", "forward", "backward", "reduce", "update", "save", "commit", "sample", "evaluate"]
+Section = Literal["data", "forward", "backward", "reduce", "update", "save", "commit", "restore", "sample", "evaluate"]
 BEAT_S = 1.0
 STDERR = 2  # the file descriptor: faulthandler writes without Python, also while another call holds its lock
 
@@ -88,9 +88,11 @@ class Watch:
             self._gpu.wait()
 
     def begin_steps(self) -> None:
-        """The start is over: what comes now is the first step."""
+        """The start is over, or a rollback: what comes now is a step."""
         self._move("loop")
         self._seconds.clear()
+        if self._gpu is not None:
+            self._gpu.take()
         self._step_began = self.place.since_s
 
     def end_step(self) -> dict[str, float]:
@@ -111,14 +113,16 @@ class Watch:
 
     def enter(self, name: str) -> None:
         self._outer.append(self.place.section)
-        self._move(name)
-        if self._gpu is not None:
-            self._gpu.mark(name)
+        self._go_to(name)
 
     def leave(self) -> None:
+        self._go_to(self._outer.pop())
+
+    def _go_to(self, section: str) -> None:
         if self._gpu is not None:
             self._gpu.mark(self.place.section)
-        self._move(self._outer.pop())
+            self._gpu.mark(section)
+        self._move(section)
 
     def _move(self, section: str) -> None:
         place, now = self.place, self._clock()
@@ -160,7 +164,11 @@ class _GpuTime:
             self._marks[section].append(mark)
 
     def take(self) -> dict[str, float]:
-        """Nothing waits here: `await_gpu` came after the last mark of a step, and the update goes on behind it."""
+        """Of the marks so far, which are forgotten. Waits for the last of them: a step's come before its `await_gpu`,
+        or right after it, so that the update goes on meanwhile."""
+        for marks in self._marks.values():
+            if marks:
+                marks[-1].synchronize()
         seconds = {
             name: sum(begin.elapsed_time(end) for begin, end in zip(marks[::2], marks[1::2], strict=True)) / 1000
             for name, marks in self._marks.items()
@@ -200,7 +208,12 @@ class Heartbeat:
         self._over.set()
         self._thread.join(BEAT_S)
         faulthandler.cancel_dump_traceback_later()
-        self._report({**self._beat(), "section": "ended", "deadline_s": None})
+        try:
+            self._report({**self._beat(), "section": "ended", "deadline_s": None})
+        except OSError as closed:
+            if error is None:
+                raise
+            log.warning("the end was not told: %s", closed)  # and `error` says why it came
 
     def _run(self) -> None:
         while True:

@@ -7,6 +7,7 @@ checkpoint's URI and the sha256 of its manifest. Called by `trainer.run`, sampli
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +21,21 @@ from data_pipeline.draws import key64
 from data_pipeline.errors import UserError
 from data_pipeline.storage import ObjectStore, open_store
 from trainer.checkpoint.load import fill, refuse_other_model
-from trainer.checkpoint.manifest import CheckpointName, Manifest, committed, read_manifest, split_checkpoint_uri
+from trainer.checkpoint.manifest import (
+    CheckpointName,
+    Manifest,
+    committed,
+    is_checkpoint_uri,
+    read_manifest,
+    split_checkpoint_uri,
+)
 from trainer.checkpoint.parts import CheckpointDamaged
 from trainer.config import TrainConfig, flat_keys
 from trainer.engine.engine import Interval
 from trainer.recipes import make_recipe, parse_train_config
 from trainer.recipes.recipe import Part, Recipe, StateDict
+from trainer.tracking.registry import find_version, is_model_uri
+from trainer.tracking.server import tracking_uri
 
 WeightsKind = Literal["ema", "master"]
 
@@ -52,7 +62,7 @@ class Checkpoint:
 
     @property
     def uri(self) -> str:
-        return f"{self.store.uri}/{self.name.folder.rstrip('/')}"
+        return self.name.uri(self.store)
 
     @cached_property
     def manifest_sha256(self) -> str:
@@ -73,8 +83,11 @@ def load_trained(uri: str, kind: WeightsKind = "ema") -> Trained:
     return Trained(checkpoint.uri, checkpoint.config, recipe, modules, checkpoint.manifest.position)
 
 
-def open_checkpoint(uri: str) -> Checkpoint:
-    """The checkpoint of a URI; for a run's store, or its name in the state folder, the newest. Raises UserError."""
+def open_checkpoint(uri: str, tracking: str | None = None) -> Checkpoint:
+    """The checkpoint of a URI; for a run's store, or its name in the state folder, the newest; for models:/NAME@ALIAS
+    what it stands for on the server `tracking`, by default that of the environment. Raises UserError."""
+    if is_model_uri(uri):
+        return _open_registered(uri, tracking_uri(tracking, os.environ))
     store_uri, name = _locate(uri)
     store = open_store(store_uri)
     try:
@@ -84,8 +97,22 @@ def open_checkpoint(uri: str) -> Checkpoint:
     return Checkpoint(store, name, manifest, parse_train_config(manifest.config, f"checkpoint {name}"))
 
 
+def _open_registered(uri: str, server: str | None) -> Checkpoint:
+    """Raises UserError as `find_version`, and if another checkpoint lies there by now."""
+    version = find_version(uri, server)
+    checkpoint = open_checkpoint(version.checkpoint)
+    if checkpoint.manifest_sha256 != version.manifest_sha256:
+        raise UserError(
+            f"{uri}, checkpoint {checkpoint.uri}",
+            f"the manifest {version.manifest_sha256[:12]} that was registered",
+            checkpoint.manifest_sha256[:12],
+            "register what is there now, or restore that checkpoint",
+        )
+    return checkpoint
+
+
 def _locate(uri: str) -> tuple[str, CheckpointName]:
-    if "checkpoints/images-" in uri:
+    if is_checkpoint_uri(uri):
         return split_checkpoint_uri(uri)
     for store_uri in (uri, str(state_folder() / "runs" / uri)):
         if names := committed(open_store(store_uri)):
@@ -124,7 +151,7 @@ def lineage_of(config: TrainConfig) -> dict[str, dict[str, Any]]:
     for name, part in make_recipe(config).parts().items():
         if part.start is None:
             continue
-        parent = open_checkpoint(part.start)
+        parent = open_checkpoint(part.start, config.tracking.uri)
         refuse_other_settings(parent, part, config)
         with torch.device("meta"):
             mine = part.build()

@@ -26,7 +26,7 @@ from data_pipeline.storage.crash import Crashed, CrashPointStore, StoppingStore
 from trainer.checkpoint.attempts import ATTEMPTS, take_attempt
 from trainer.checkpoint.inspect import verify_checkpoints
 from trainer.checkpoint.load import restore_newest
-from trainer.checkpoint.manifest import CheckpointName, committed, part_key, read_manifest
+from trainer.checkpoint.manifest import CheckpointName, committed, newest_committed, part_key, read_manifest
 from trainer.checkpoint.save import RunIdentity, commit, upload_share
 from trainer.checkpoint.sweep import sweep
 from trainer.engine.engine import KINDS, Interval
@@ -140,7 +140,7 @@ def checkpoint_protocol() -> Protocol:
 
 
 def check_checkpoints(store: ObjectStore) -> Iterator[str]:
-    newest = next(iter(committed(store)), None)
+    newest = newest_committed(store)
     if newest is None or restored_position(store) != newest.position:
         yield f"unreadable: what is restored is not the newest committed checkpoint, {newest}"
     yield from (f"unreadable: {bad['part']}: found {bad['found']}" for bad in verify_checkpoints(store.uri))

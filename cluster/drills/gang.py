@@ -36,7 +36,7 @@ from cluster.services import BUCKET, FOREIGN, PORTS
 from cluster.stopping import stop_run
 from data_pipeline.errors import UserError
 from data_pipeline.storage import open_store
-from trainer.checkpoint.manifest import CheckpointName, committed
+from trainer.checkpoint.manifest import CheckpointName, committed, newest_committed
 from trainer.loop import CONSUMED
 from trainer.run import tracking_folder
 
@@ -214,7 +214,7 @@ class Gang:
         return self.steps[-1].attempt if self.steps else 0
 
     def newest(self) -> CheckpointName | None:
-        return next(iter(committed(self.store)), None)
+        return newest_committed(self.store)
 
     def ranks(self) -> list[int]:
         """Processes that train now."""

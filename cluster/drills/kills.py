@@ -21,7 +21,7 @@ from cluster.drills.scratch import Scratch, consumed_ids, losses, newest_manifes
 from cluster.launch import Event, WorkerDied
 from data_pipeline.storage import open_store
 from trainer.checkpoint.inspect import verify_checkpoints
-from trainer.checkpoint.manifest import CheckpointName, committed, part_key
+from trainer.checkpoint.manifest import CheckpointName, newest_committed, part_key
 from trainer.config import TrainConfig
 
 KILLS = 20
@@ -167,7 +167,7 @@ class Murder:
 
 def newest(config: TrainConfig) -> CheckpointName | None:
     assert config.store is not None
-    return next(iter(committed(open_store(config.store))), None)
+    return newest_committed(open_store(config.store))
 
 
 def damages(config: TrainConfig) -> list[str]:

@@ -17,6 +17,7 @@ from cluster.drills import (
     lost_jobs,
     slow_ranks,
     soak,
+    tracking_outage,
     zero_chain,
 )
 from cluster.drills.scoreboard import Score
@@ -43,6 +44,7 @@ DRILLS: dict[str, Drill] = {
     "R9": Drill(
         "bad gradients and poisoned shards are passed over, and the run ends as without them", bad_gradients.run
     ),
+    "R10": Drill("a tracking server that is away costs no step, and its curves no point", tracking_outage.run),
     "R11": Drill("a run whose driver, raylet or head is killed goes on with the same submit", lost_jobs.run),
     "R12": Drill("a run changes ZeRO stage and world size with no conversion and the same samples", zero_chain.run),
     "R13": Drill("a run goes through forty mixed faults to its end without a person", soak.run),

@@ -95,7 +95,7 @@ def await_health(service: Service, process: subprocess.Popen[bytes]) -> None:
     for url in service.health:
         while not _answers(url):
             if process.poll() is not None or time.monotonic() > until:
-                raise CannotRun(f"the S3 server did not start; no answer from {url}")
+                raise CannotRun(f"the {service.name} server did not start; no answer from {url}")
             time.sleep(POLL_S)
 
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cluster.drawing import DrawSettings, check_spacing, device_of, draw_to_folder, load_part, model_uris, part_config
-from cluster.find_run import run_store
+from cluster.find_run import checkpoint_or_run
 from data_pipeline.config import Settings, parse, state_folder
 from data_pipeline.errors import UserError
 from trainer.config import Fraction, SamplerName
@@ -77,8 +77,8 @@ class Desk:
 
     def __init__(self, models: Mapping[str, str], upsampler: str | None, weights: str, device: str) -> None:
         """Raises UserError for what is no checkpoint of a base model, or no upsampler."""
-        self.upsampler = _checkpoint(upsampler) if upsampler else None
-        self.models = {name: _checkpoint(uri) for name, uri in models.items()}
+        self.upsampler = checkpoint_or_run(upsampler) if upsampler else None
+        self.models = {name: checkpoint_or_run(uri) for name, uri in models.items()}
         self._configs = {name: part_config(uri, "base") for name, uri in self.models.items()}
         self.sides = {name: config.model.image_size for name, config in self._configs.items()}
         self.enlarged_side = part_config(self.upsampler, "upsampler").model.image_size if self.upsampler else None
@@ -182,10 +182,6 @@ def named_models(given: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--checkpoint {name}", "each name once", "it twice", "write another name: NAME=URI")
         found[name] = uri
     return found
-
-
-def _checkpoint(uri: str) -> str:
-    return uri if "checkpoints/images-" in uri else run_store(uri)
 
 
 def _file(path: Path, text: str) -> Path:

@@ -16,6 +16,7 @@ from support import kill_worker_1_at
 from cluster.cli import run
 from cluster.launch import Event, WorkerDied
 from cluster.training import train_run
+from data_pipeline import manifests
 from data_pipeline.errors import UserError
 from trainer.recipes import parse_train_config
 from trainer.run import prepare_run, run_identity
@@ -97,20 +98,65 @@ def test_a_run_whose_worker_was_killed_is_one_mlflow_run_with_one_point_per_upda
     assert run_identity(moved) == identity != run_identity(config)
 
 
-def test_runs_are_compared_by_the_settings_that_differ_and_their_newest_figures(
-    train_values: Values, client: Any, capsys: pytest.CaptureFixture[str]
+def test_runs_are_compared_from_the_tracking_server_alone(
+    train_values: Values,
+    client: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    summaries = [train(train_values(name, images=32, lr=lr)) for name, lr in (("slow", 1e-4), ("fast", 1e-3))]
-    document = asked(capsys, "runs", "compare", "slow", summaries[1]["mlflow_run_id"])
-    assert [row["run"] for row in document["runs"]] == ["slow", "fast"]
-    assert document["params_that_differ"] == {"lr": [1e-4, 1e-3]}
-    assert document["metrics"]["lr"] == [1e-4, 1e-3]
-    assert document["metrics"]["loss/total"] == pytest.approx([summary["loss"] for summary in summaries])
-    assert run(["runs", "compare", "slow", "fast"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["slow", "fast"] in lines and ["lr", "0.0001", "0.001"] in lines
+    """Settings that differ, figures at equal images and GPU-hours, grids and the page, with the stores gone; then with
+    a run that has no files on the server either, and the name of another."""
+    samples = {"every_images": 32, "prompts": ["a cat", "2"], "sampling": {"spacing": 2}}
+    runs = {"slow": {"lr": 1e-4, "images": 32, "samples": samples}, "fast": {"images": 64, "samples": samples}}
+    summaries = [train(train_values(name, **changes)) for name, changes in runs.items()]
     # Its name alone finds a run's store, wherever that is.
     assert asked(capsys, "checkpoints", "list", "slow")[0]["images"] == 32
+    shutil.rmtree(tmp_path / "runs")
+    files = [tmp_path / "compared.html", tmp_path / "compared.png"]
+    options = ["--price-per-gpu-hour", "2", "--smooth", "0", "--html", str(files[0]), "--png", str(files[1])]
+    document = asked(capsys, "runs", "compare", "slow", summaries[1]["mlflow_run_id"], *options)
+    assert [row["run"] for row in document["runs"]] == ["slow", "fast"]
+    assert document["params_that_differ"] == {"images": [32, 64], "lr": [1e-4, 1e-3]}
+    assert document["metrics"]["lr"] == [1e-4, 1e-3] and document["metrics"]["workers"] == [1, 1]
+    assert document["metrics"]["loss/total"] == pytest.approx([summary["loss"] for summary in summaries])
+
+    at_32 = document["equal_images"]["loss/total"]
+    [logged] = [point.value for point in client.get_metric_history(summaries[1]["mlflow_run_id"], "loss/total")][1:2]
+    assert at_32 == {"images": 32, "values": pytest.approx([summaries[0]["loss"], logged])}
+    seconds = [point.value for point in client.get_metric_history(summaries[0]["mlflow_run_id"], "time/step_s")]
+    hours = document["runs"][0]["gpu_hours"]
+    assert hours == pytest.approx(sum(seconds) / 3600) == document["runs"][0]["cost"] / 2
+    assert document["equal_gpu_hours"]["loss/total"]["gpu_hours"] <= hours
+    assert document["curves"]["grad_norm"][1]["images"] == [16, 32, 48, 64]
+    assert document["grids"][0] == {
+        "weights": "ema", "images": [32, 32], "keys": ["samples/images-000000032-ema.png"] * 2
+    }  # fmt: skip
+    assert files[0].read_text().count("data:image/png") >= 2 and files[1].read_bytes()[:4] == b"\x89PNG"
+
+    assert run(["runs", "compare", "slow", "fast", "--metric", "loss/*"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["slow", "fast"] in lines and ["lr", "0.0001", "0.001"] in lines
+    assert any(line[:4] == ["loss/mse", "at", "32", "images"] for line in lines)
+    for arguments, refusal in (
+        (["slow", "fast", "--metric", "loss/totl"], "metric loss/totl: expected one that a run logged"),
+        (["slow", summaries[0]["mlflow_run_id"]], "expected different runs, found slow and"),
+    ):
+        assert run(["runs", "compare", *arguments, "--json"]) in (1, 2)
+        assert refusal in json.loads(capsys.readouterr().out)["error"]
+
+    experiment = client.get_run(summaries[0]["mlflow_run_id"]).info.experiment_id
+    twin = client.create_run(experiment, tags={"glidepath.run": "slow", "glidepath.store": "s3://gone"}).info.run_id
+    client.log_param(twin, "lr", "0.5")
+    client.log_metric(twin, "loss/total", 2.0, step=16)
+    document = asked(capsys, "runs", "compare", "fast", twin)
+    assert "run slow: its settings are read from the params" in caplog.text
+    assert document["params_that_differ"]["lr"] == [1e-3, 0.5]
+    assert document["equal_images"]["loss/total"]["values"][1] == 2.0 and document["runs"][1]["gpu_hours"] is None
+    assert run(["runs", "compare", "slow", "fast", "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert "run slow: expected one run of that name, found 2: " in error and twin in error and "\n" not in error
+    client.delete_run(twin)
 
 
 def test_without_a_tracking_server_the_same_is_read_from_the_state_folder(
@@ -131,8 +177,15 @@ def test_without_a_tracking_server_the_same_is_read_from_the_state_folder(
         ("slow", "FINISHED", 32)
     ]
     assert "left out: run " in caplog.text and "damaged/attempts/00001.json: expected" in caplog.text
+    result = {"trained_images": 32, "images": 8, "weights": "ema", "seed": 0, "sampling": {"guidance_scale": 2.0}}
+    result |= {"dataset": {"id": "ab" * 32}, "metrics": {"fid/net": 7.5}}
+    Path(fast, "evaluations", "cd").mkdir(parents=True)
+    Path(fast, "evaluations", "cd", "result-0f.json").write_bytes(manifests.seal(result))
     document = asked(capsys, "runs", "compare", "slow", fast)
     assert document["params_that_differ"] == {"lr": [1e-4, 1e-3]} and document["metrics"]["lr"] == [1e-4, 1e-3]
+    fid = document["equal_images"]["evaluation/fid/net (8 of abababab, guidance_scale=2.0)"]
+    assert fid == {"images": 32, "values": [None, 7.5]}
+    assert document["equal_images"]["loss/total"]["images"] == 32 and document["runs"][0]["gpu_hours"] > 0
     assert run(["runs", "compare", "slow", "nowhere", "--json"]) == 1
     assert "run nowhere" in json.loads(capsys.readouterr().out)["error"]
 

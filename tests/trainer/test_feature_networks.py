@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.clip_tokenizer import clip_tokens
 from data_pipeline.config import Settings, parse
 from data_pipeline.errors import UsageError, UserError
+from data_pipeline.manifests import sha256_of
 from trainer.evaluation.feature_metrics import inception_score, too_few
 from trainer.evaluation.feature_networks import (
     CLIP_B32_SHA256,
@@ -26,7 +27,6 @@ from trainer.evaluation.feature_networks import (
     cosines,
     identify,
     load_network,
-    sha256_of,
 )
 from trainer.evaluation.figures import MetricSettings, figures_of, take
 from trainer.models import inception

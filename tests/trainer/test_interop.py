@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError, UserError
+from data_pipeline.manifests import sha256_of
 from data_pipeline.storage import LocalStore
 from trainer.checkpoint.inspect import list_checkpoints, verify_checkpoints
 from trainer.checkpoint.manifest import committed, read_manifest
 from trainer.config import SamplingSettings
 from trainer.interop.arguments import KINDS, Kind, glide_arguments, read_arguments
 from trainer.interop.export import export_checkpoint
-from trainer.interop.importer import import_release, read_json, recorded_config, sha256_of
+from trainer.interop.importer import import_release, read_json, recorded_config
 from trainer.interop.openai import CLIP_FILES, build_network, load_release, release_states
 from trainer.models.config import GlideModelConfig
 from trainer.models.glide import Glide, parameter_counts

@@ -11,7 +11,8 @@ import safetensors.numpy
 from sklearn.linear_model import Ridge
 
 from data_pipeline.errors import UserError
-from trainer.evaluation.feature_networks import Float32, Identity, sha256_of
+from data_pipeline.manifests import sha256_of
+from trainer.evaluation.feature_networks import Float32, Identity
 from trainer.evaluation.linear_probe import (
     Probe,
     ProbeSettings,

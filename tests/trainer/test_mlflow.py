@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,15 +14,19 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import trainer.tracking.background
 import trainer.tracking.mlflow
 from data_pipeline.errors import UsageError, UserError
+from trainer.pictures import png_bytes
 from trainer.tracking.background import BackgroundTracker
 from trainer.tracking.mlflow import (
     DatasetUse,
@@ -34,6 +39,7 @@ from trainer.tracking.mlflow import (
     open_run,
     store_results,
 )
+from trainer.tracking.registry import find_version, register, registered
 from trainer.tracking.server import tracking_uri
 from trainer.tracking.spool import Point, ServerFailed
 from trainer.tracking.tracker import Record
@@ -43,10 +49,11 @@ START_S = 120
 
 @dataclass
 class RealServer:
-    """An MLflow server of our own, to be killed: sqlite in `folder`, always the same port."""
+    """An MLflow server of our own, to be killed: on `backend`, else sqlite in `folder`; always the same port."""
 
     folder: Path
     port: int
+    backend: str | None = None
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -55,7 +62,8 @@ class RealServer:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        backend = self.backend or f"sqlite:///{self.folder}/mlflow.db"
+        command += ["--workers", "1", "--backend-store-uri", backend]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
@@ -88,12 +96,15 @@ class RealServer:
         return dict(Counter(metric.step for metric in history))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = RealServer(tmp_path_factory.mktemp("mlflow"), port)
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    server = RealServer(tmp_path_factory.mktemp("mlflow"), free_port())
     try:
         server.start()
         yield server
@@ -180,7 +191,8 @@ def test_what_a_superseded_driver_notes_leaves_the_run_to_the_newer_attempt(serv
     assert run.info.status == "RUNNING" and "config.images" not in run.data.tags
     assert (run.data.tags["glidepath.attempt"], run.data.tags["glidepath.world_size"]) == ("3", "3")
     end_run(server.uri, run_id, "FINISHED", 3)
-    assert client.get_run(run_id).info.status == "FINISHED"
+    ended = client.get_run(run_id).info
+    assert ended.status == "FINISHED" and ended.end_time >= ended.start_time
 
 
 def test_the_child_run_of_held_out_figures_ends_with_its_run_and_exists_only_with_such_data(server: RealServer) -> None:
@@ -268,7 +280,7 @@ def test_a_server_that_hangs_and_one_that_is_killed_and_comes_back_lose_and_doub
     assert len(waiting) >= 100 and len(tracker.undelivered()) >= 100
     server.start()
     tracker.event(position, "resume", "it answers again")
-    tracker.picture(position, "samples/images-6400-ema.png", b"\x89PNG")
+    tracker.picture(position, "samples/images-6400-ema.png", png_bytes(Image.new("RGB", (300, 200), "red"), {}))
     assert tracker.close() == []
     assert server.steps(run_id, "loss") == server.steps(run_id, "time/step_s") == updates(400)
     from mlflow.tracking import MlflowClient
@@ -276,6 +288,9 @@ def test_a_server_that_hangs_and_one_that_is_killed_and_comes_back_lose_and_doub
     client = MlflowClient(tracking_uri=server.uri)
     assert client.get_run(run_id).data.tags["event/6400/1/resume"] == "it answers again"
     assert [file.path for file in client.list_artifacts(run_id, "samples")] == ["samples/images-6400-ema.png"]
+    shown = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
+    assert {Path(name).suffix for name in shown} == {".png", ".webp"}, "whole, and small for the page's grid"
+    assert all(name.startswith("samples~ema+step+6400+") for name in shown)
 
 
 LOGS_FOR_EVER = """
@@ -326,12 +341,13 @@ def test_results_are_one_child_run_with_one_point_of_each_figure_however_often_t
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    parent = open_run(server.uri, about("evaluated"))
+    parent, upsampler = (open_run(server.uri, about(name)) for name in ("evaluated", "upsampler"))
     (tmp_path / "result.json").write_text("{}")
     figures = {"fid/noised-clip-ab12cd34": 12.5, "clip_score/noised-clip-ab12cd34": 0.25}
     run_ids = {
         store_results(
-            server.uri, "evaluation", "digest-1", "evaluated, guidance 3", 64, figures, tmp_path, "identity-evaluated",
+            server.uri, "evaluation", "digest-1", "evaluated, guidance 3", 64, figures, tmp_path,
+            ["identity-evaluated", "identity-upsampler"],
             {"checkpoint": f"{store}/images-64", "sampling.guidance_scale": "3.0"},
         )
         for store in ("s3://runs", "s3://moved")
@@ -342,8 +358,72 @@ def test_results_are_one_child_run_with_one_point_of_each_figure_however_often_t
     assert run.data.metrics == figures and run.data.params["sampling.guidance_scale"] == "3.0"
     assert server.steps(run_id, "fid/noised-clip-ab12cd34") == {64: 1}
     assert "evaluated, guidance 3" not in [known.run for known in list_runs(server.uri)]  # no training run
-    alone = store_results(server.uri, "evaluation", "digest-2", "of an import", 0, figures, tmp_path, "identity-absent")
+    assert run.data.tags["glidepath.from_runs"] == f"{parent} {upsampler}"
+    absent = ["identity-absent"]
+    alone = store_results(server.uri, "evaluation", "digest-2", "of an import", 0, figures, tmp_path, absent)
     assert "mlflow.parentRunId" not in MlflowClient(tracking_uri=server.uri).get_run(alone).data.tags
+
+
+def test_fine_tunes_and_evaluations_name_their_parents_and_the_oldest_run_of_the_family(
+    server: RealServer, tmp_path: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    base = open_run(server.uri, about("base"))
+    tuned = open_run(server.uri, replace(about("tuned"), parents=("identity-elsewhere", "identity-base")))
+    again = replace(about("tuned-again"), parents=("identity-tuned",))
+    inpainting = open_run(server.uri, again)
+    assert open_run(server.uri, replace(again, attempt=2)) == inpainting
+    judged = store_results(server.uri, "evaluation", "d", "e", 0, {}, tmp_path, ["identity-tuned-again"])
+    for run_id, parent in ((tuned, base), (inpainting, tuned), (judged, inpainting)):
+        tags = MlflowClient(tracking_uri=server.uri).get_run(run_id).data.tags
+        assert (tags["mlflow.parentRunId"], tags["glidepath.from_runs"]) == (parent, parent)
+        assert tags["glidepath.family"] == base
+
+
+def test_an_alias_is_of_one_checkpoint_and_a_checkpoint_of_one_version_and_nothing_is_copied(
+    server: RealServer,
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    run_id = open_run(server.uri, about("registered"))
+    folder, bucket = (f"{store}/checkpoints/images-000000064/attempt-1" for store in ("/runs/a b", "s3://runs/a"))
+    known = ("identity-registered", {"glidepath.images": "64"})
+
+    def stands_for(uri: str) -> str:
+        return find_version(uri, server.uri).checkpoint
+
+    first = register(server.uri, "people", folder, "sha-1", "best", *known)
+    assert register(server.uri, "people", folder, "sha-1", None, *known) == first
+    assert (first.version, first.uri, first.mlflow_run_id) == (1, "models:/people@best", run_id)
+    second = register(server.uri, "people", bucket, "sha-2", "best", None, {})
+    assert (second.version, second.aliases, second.mlflow_run_id) == (2, ("best",), None)
+    assert register(server.uri, "people", bucket, "sha-3", None, None, {}).version == 3  # other bytes at that address
+    assert stands_for("models:/people@best") == stands_for("models:/people/2") == bucket
+    assert register(server.uri, "people", folder, "sha-1", "best", *known).aliases == ("best",)
+    assert stands_for("models:/people@best") == folder
+    MlflowClient(tracking_uri=server.uri).create_registered_model("somebody-elses")
+    assert [found.version for found in registered(server.uri)] == [3, 2, 1] and not registered(server.uri, "none")
+    stored = MlflowClient(tracking_uri=server.uri).get_model_version("people", "2")
+    assert stored.source == bucket and stored.status == "READY"
+    assert not list((server.folder / "artifacts").rglob("*people*"))
+
+
+def test_what_no_registered_model_stands_for_is_said_in_one_line(server: RealServer) -> None:
+    register(server.uri, "places", "s3://runs/b/checkpoints/images-000000064/attempt-1", "sha-1", "best", None, {})
+    for uri, where, said in (
+        ("models:/places@worst", server.uri, "^model places: expected the alias worst, found best there; "),
+        ("models:/places/7", server.uri, "^model places: expected the version 7, found 1 there; "),
+        ("models:/palaces@best", server.uri, "^model palaces: expected one of those on .*places"),
+        ("models:/places", server.uri, "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("models:/places@best", None, "expected a tracking server to look it up on, found none; set MLFLOW_TRACKING_"),
+        ("models:/places@best", "runs/folder", "found runs/folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            find_version(uri, where)
+    for name, alias in (("pla/ces", "best"), ("places", "v1"), ("places", "latest"), ("places", "the best")):
+        with pytest.raises(UsageError, match="correct it"):
+            register(server.uri, name, "s3://a", "sha", alias, None, {})
 
 
 def test_a_server_that_does_not_answer_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,3 +448,75 @@ def test_credentials_in_an_address_are_refused_and_not_repeated() -> None:
         tracking_uri(None, {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"})
     assert tracking_uri(None, {}) is None and tracking_uri("folder", {"MLFLOW_TRACKING_URI": "http://h"}) == "folder"
     assert tracking_uri(None, {"MLFLOW_TRACKING_URI": "http://h/?a=b@c"}) == "http://h/?a=b@c"
+
+
+class PostgreSQL:
+    """A database of our own, on loopback. PostgreSQL refuses to run as root, so then as the user of its packages."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.user = "postgres" if os.getuid() == 0 else None
+        if self.user:
+            shutil.chown(folder, self.user)
+        self._run("initdb", "--auth", "trust", "--username", "glidepath", "--pgdata", str(folder / "data"))
+        self.start()
+
+    @property
+    def uri(self) -> str:
+        return f"postgresql://glidepath@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        self._run(
+            "pg_ctl", "-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "-w", "start"
+        )
+
+    def kill(self) -> None:
+        """As a crash: what was not committed is gone."""
+        self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
+
+    def _run(self, *command: str) -> None:
+        subprocess.run(command, user=self.user, cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def postgresql() -> Iterator[PostgreSQL]:
+    if not all(map(shutil.which, ("initdb", "pg_ctl"))):
+        pytest.skip("no PostgreSQL on this machine")
+    with TemporaryDirectory(prefix="glidepath-postgresql-") as folder:
+        os.chmod(folder, 0o755)
+        database = PostgreSQL(Path(folder))
+        try:
+            yield database
+        finally:
+            with suppress(subprocess.CalledProcessError):
+                database.kill()
+
+
+@pytest.mark.drill
+def test_all_of_it_holds_with_postgresql_also_when_the_database_is_killed(
+    postgresql: PostgreSQL, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    server = RealServer(tmp_path_factory.mktemp("mlflow"), free_port(), postgresql.uri)
+    server.start()
+    try:
+        test_a_run_is_found_again_with_its_params_datasets_and_the_tags_of_its_newest_attempt(server)
+        test_a_batch_that_is_sent_twice_is_there_once(server)
+        test_what_a_superseded_driver_notes_leaves_the_run_to_the_newer_attempt(server)
+        test_the_child_run_of_held_out_figures_ends_with_its_run_and_exists_only_with_such_data(server)
+        test_fine_tunes_and_evaluations_name_their_parents_and_the_oldest_run_of_the_family(server, tmp_path)
+        test_an_alias_is_of_one_checkpoint_and_a_checkpoint_of_one_version_and_nothing_is_copied(server)
+        test_a_server_that_hangs_and_one_that_is_killed_and_comes_back_lose_and_double_no_point(server)
+        test_a_tracker_killed_at_any_moment_leaves_no_gap_and_no_double_behind_it(server)
+
+        run_id = open_run(server.uri, about("database"))
+        tracker = tracker_of(server, run_id)
+        for images in range(16, 3216, 16):
+            if images == 1600:
+                postgresql.kill()
+            tracker.log(images, {"loss": 1 / images})
+            time.sleep(0.002)
+        postgresql.start()
+        assert tracker.close() == [] and server.steps(run_id, "loss") == updates(200)
+    finally:
+        server.kill()

@@ -8,11 +8,13 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_recipe import SmallRecipe
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 from cluster.drills.bad_gradients import FLAT, poisoned
 from data_pipeline.draws import Draws
 from data_pipeline.errors import UserError
+from data_pipeline.loader import MicroBatch
 from data_pipeline.shards import open_dataset
-from data_pipeline.storage import LocalStore
+from data_pipeline.storage import LocalStore, StoreError
 from trainer.checkpoint.inspect import verify_checkpoints
 from trainer.checkpoint.manifest import CheckpointName, Manifest, committed, read_manifest
 from trainer.checkpoint.retention import prune
@@ -30,6 +33,7 @@ from trainer.checkpoint.save import SaveFailed, Saver
 from trainer.checkpoint.sweep import sweep
 from trainer.config import CheckpointSettings, TrainConfig
 from trainer.engine.group import Group
+from trainer.loop import TrainingLoop
 from trainer.quarantine import SKIPPED, SkipList, Skipped, read_skipped
 from trainer.recipes import RECIPES, parse_train_config
 from trainer.recipes.recipe import Batch, Losses
@@ -168,11 +172,34 @@ def stored_values(store: LocalStore, name: CheckpointName, kind: str) -> list[fl
     return [float(x) for key, found in sorted(load_file(file).items()) if key.startswith(kind) for x in found]
 
 
+def test_a_store_that_fails_what_a_rollback_commits_costs_a_checkpoint_and_not_the_run(
+    train_values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_if_absent = LocalStore.put_if_absent
+
+    def fails_the_main_thread(self: LocalStore, key: str, data: bytes) -> bool:
+        # What refers to another checkpoint is committed there, a save of the usual kind behind the training's back.
+        if "checkpoints/images-" in key and threading.current_thread() is threading.main_thread():
+            raise StoreError(key, "the disk is on fire")
+        return put_if_absent(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "put_if_absent", fails_the_main_thread)
+    monkeypatch.setattr(Sick, "bad", (range(5 * BATCH, 7 * BATCH),))
+    checkpoint = {"every_images": 2 * BATCH, "deadline_s": 0.2}
+    store, events = run(values_of(train_values, "failing", checkpoint=checkpoint))
+    (result,) = [event for event in events if event["event"] == "result"]
+    assert (result["failed_saves"], result["images"]) == (1, 10 * BATCH)
+    _, manifest = manifest_at(store, 7 * BATCH)
+    assert all(part.folder is None for part in manifest.parts) and manifest.recipe_state == {"updates": 4}
+    assert manifest_at(store, 10 * BATCH)[1].recipe_state == {"updates": 7}
+    assert not verify_checkpoints(store.uri)
+
+
 def test_a_run_whose_older_checkpoints_are_gone_ends_and_says_so(
     train_values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Sick, "bad", (range(3 * BATCH, 9 * BATCH),))
-    # A stop inside the doubt has its save, and here the only older one is taken away.
+    # The last save comes whatever the guard doubts, and here the only older one is taken away.
     store, _ = run(values_of(train_values, "gone", images=4 * BATCH))
     for name in committed(store):
         if name.position < 4 * BATCH:
@@ -291,3 +318,16 @@ def assert_both_rollbacks(found: dict[str, Any]) -> None:
     assert found["quarantined"] == ["shard-00001"]
     assert found["state after the second rollback is that of the checkpoint, on every rank"]
     assert found["bad"] == [] and found["updates"] == {"base": 2}
+
+
+def test_damage_is_told_of_also_where_rows_of_a_quarantined_shard_come_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    loop = object.__new__(TrainingLoop)
+    loop.group, loop.position, loop.damaged, loop.quarantined = Group(), 0, set(), frozenset({1})
+    loop.substituted_rows = 0
+    monkeypatch.setattr(loop, "say", lambda kind, text: told.append(text), raising=False)
+    batch = MicroBatch(np.arange(4), np.zeros(4, np.uint64), Draws(0, np.arange(4)), {}, ((1, None), (2, 3), (4, None)))
+    assert [loop.count_substituted([batch]) for _ in range(3)] == [3, 3, 3] and loop.substituted_rows == 9
+    assert [text.partition(" is ")[0] for text in told] == ["shard 2 batch 3", "shard 4, all of it"]

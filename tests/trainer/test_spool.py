@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import trainer.run
 import trainer.tracking.background
@@ -66,7 +68,7 @@ class FakeServer:
         if answer != "ok":
             raise ServerFailed(answer)
 
-    def send_picture(self, key: str, png: bytes) -> None:
+    def send_picture(self, images: int, key: str, png: bytes) -> None:
         if self.answers() != "ok":
             raise ServerFailed("no room")
         self.pictures[key] = png
@@ -276,7 +278,7 @@ def test_an_exception_that_nobody_foresaw_is_an_outage_like_another(caplog: pyte
 def test_a_picture_that_the_server_will_not_take_costs_an_event_and_no_point() -> None:
     server = FakeServer()
 
-    def refuse(key: str, png: bytes) -> None:
+    def refuse(images: int, key: str, png: bytes) -> None:
         raise ServerFailed("no room")
 
     server.send_picture = refuse  # type: ignore[method-assign]
@@ -285,6 +287,10 @@ def test_a_picture_that_the_server_will_not_take_costs_an_event_and_no_point() -
     tracker.log(16, {"loss": 1.0})
     assert tracker.close() == [] and server.times_each("loss") == {16: 1}
     assert "no room" in server.events[16, 1, "picture-failed"]
+
+
+def raw_pixels(png: bytes) -> bytes:
+    return Image.open(io.BytesIO(png)).tobytes()
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -301,7 +307,7 @@ def test_what_a_dead_server_did_not_take_waits_in_checkpoints_and_store_until_it
     heldout = {"dataset": dataset_uri, "images": 16, "every_images": 32}
 
     def train(images: int) -> LocalStore:
-        values = train_values(images=images, heldout=heldout, samples={"sampling": {"spacing": 2}})
+        values = train_values(images=images, heldout=heldout, samples={"weights": "both", "sampling": {"spacing": 2}})
         config = parse_train_config(values, "test")
         trainer.run.train(config.model_dump(mode="json"), trainer.run.prepare_run(config), Group(), lambda event: None)
         return LocalStore(Path(config.store or ""))
@@ -318,7 +324,9 @@ def test_what_a_dead_server_did_not_take_waits_in_checkpoints_and_store_until_it
         assert server.times_each(name) == dict.fromkeys((16, 32, 48), 1)
     assert server.times_each("heldout/total") == dict.fromkeys((0, 32, 48), 1)
     assert [(images, attempt) for images, attempt, kind in server.events if kind == "resume"] == [(32, 2)]
-    assert "samples/images-000000048-ema.png" in server.pictures and not store.exists(UNDELIVERED)
+    assert not store.exists(UNDELIVERED)
+    ema, raw = (server.pictures[f"samples/images-000000048-{weights}.png"] for weights in ("ema", "raw"))
+    assert store.get("samples/images-000000048-raw.png") == raw and raw_pixels(raw) != raw_pixels(ema)
 
 
 def test_a_damaged_file_of_what_waited_is_left_out_and_costs_nothing_else(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from trainer.tracking.jsonl import METRICS, JsonlTracker, read_curves, read_events
 
@@ -33,3 +37,21 @@ def test_a_value_that_is_no_number_becomes_an_event(tmp_path: Path) -> None:
 def test_a_tracker_that_cannot_write_does_not_stop_the_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     JsonlTracker(tmp_path / "file" / "below", 1).log(16, {"loss": 1.0})
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_lines_of_that_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = JsonlTracker(tmp_path, 1)
+    tracker.log(16, {"loss": 1.0})
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[: len(data) // 2])
+
+    tracker._file = Full(tmp_path / METRICS, "ab")
+    tracker.log(32, {"loss": 0.9})
+    tracker.log(48, {"loss": 0.8})
+    tracker.close()
+    assert read_curves(tmp_path) == {"loss": {16: 1.0, 48: 0.8}}
+    assert "a line was lost: only a part of it was written" in caplog.text

@@ -41,7 +41,7 @@ def test_each_section_counts_its_own_seconds_and_a_step_their_sum() -> None:
     clock.now += 7  # outside all sections
     figures = step_figures(watch.end_step(), images=10)
     expected = {"data": 1, "forward": 4, "backward": 0, "reduce": 80, "update": 7, "loop": 7, "step": 99}
-    expected |= dict.fromkeys(("save", "commit", "sample", "evaluate"), 0)
+    expected |= dict.fromkeys(("save", "commit", "restore", "sample", "evaluate"), 0)
     assert figures == {f"time/{name}_s": seconds for name, seconds in expected.items()} | {"images_per_s": 10 / 99}
     assert watch.done.busy_s == {"data": 1, "forward": 4, "backward": 0, "update": 7}  # no waiting in it
     with watch.section("data"):
@@ -92,6 +92,39 @@ def test_collective_calls_are_sections_only_where_there_are_others_to_wait_for()
     with pytest.raises(ValueError, match="process group"):
         two.sum_(torch.zeros(1))
     assert two.watch.place.passed == 2
+
+
+def test_the_gpu_s_time_of_a_section_is_without_that_of_sections_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[str] = []
+
+    class Noted:
+        def mark(self, section: str) -> None:
+            marks.append(section)
+
+    watch = Watch()
+    monkeypatch.setattr(watch, "_gpu", Noted())
+    with watch.section("forward"), watch.section("reduce"):
+        pass
+    # Two marks of a section are its beginning and its end.
+    assert [mark for mark in marks if mark != "start"] == [
+        "forward",
+        "forward",
+        "reduce",
+        "reduce",
+        "forward",
+        "forward",
+    ]
+
+
+def test_a_launcher_that_is_gone_does_not_hide_why_a_worker_ended(caplog: pytest.LogCaptureFixture) -> None:
+    def closed(_: dict[str, Any]) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    with pytest.raises(ZeroDivisionError), Heartbeat(Watch(), 0, WatchSettings(), closed):
+        raise ZeroDivisionError
+    assert "the end was not told: nobody reads" in caplog.text
+    with pytest.raises(BrokenPipeError), Heartbeat(Watch(), 0, WatchSettings(), closed):
+        pass
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -31,7 +31,7 @@ def list_checkpoints(store_uri: str) -> list[dict[str, Any]]:
 
 
 def _row(store: ObjectStore, name: CheckpointName, sizes: Mapping[str, int], run: str | None) -> dict[str, Any]:
-    uri = f"{store.uri}/{name.folder.rstrip('/')}"
+    uri = name.uri(store)
     try:
         manifest = read_manifest(store, name.manifest_key, run)
     except (CheckpointDamaged, OtherFormat):

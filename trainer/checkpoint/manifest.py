@@ -75,6 +75,9 @@ class CheckpointName:
     def manifest_key(self) -> str:
         return f"{self.folder}manifest.json"
 
+    def uri(self, store: ObjectStore) -> str:
+        return f"{store.uri}/{self.folder.rstrip('/')}"
+
     def __str__(self) -> str:
         return f"images-{self.position:09d}/attempt-{self.attempt}"
 
@@ -97,6 +100,10 @@ def name_of_key(key: str) -> CheckpointName | None:
 def committed(store: ObjectStore) -> list[CheckpointName]:
     """Every committed checkpoint (its manifest exists), newest first."""
     return names_in(info.key for info in store.list(CHECKPOINTS))
+
+
+def newest_committed(store: ObjectStore) -> CheckpointName | None:
+    return next(iter(committed(store)), None)
 
 
 def names_in(keys: Iterable[str]) -> list[CheckpointName]:
@@ -141,6 +148,11 @@ def _unlike_its_format(format_: str, error: ValidationError) -> CheckpointDamage
         return CheckpointDamaged("manifest.json", f"the keys of {format_}", f"unknown key {', '.join(unknown)}")
     where = ".".join(map(str, faults[0]["loc"]))
     return CheckpointDamaged("manifest.json", f"the keys of {format_}", f"{where}: {faults[0]['msg']}")
+
+
+def is_checkpoint_uri(uri: str) -> bool:
+    """Whether it is meant as a checkpoint's, not as a run's."""
+    return f"{CHECKPOINTS}images-" in uri
 
 
 def split_checkpoint_uri(uri: str) -> tuple[str, CheckpointName]:

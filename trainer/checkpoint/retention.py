@@ -273,7 +273,7 @@ def prune(store: ObjectStore, settings: CheckpointSettings, dry_run: bool) -> li
             delete_checkpoint(store, name, sizes)
     return [
         {
-            "uri": f"{store.uri}/{name.folder.rstrip('/')}",
+            "uri": name.uri(store),
             "images": name.position,
             "bytes": sum(size for key, size in sizes.items() if name_of_key(key) == name),
             "kept": name in stay,

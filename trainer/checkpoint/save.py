@@ -154,20 +154,22 @@ def commit(
 
 
 def refer(
-    store: ObjectStore, identity: RunIdentity, position: int, other: Restored, state: dict[str, Any], deadline_s: float
+    store: ObjectStore,
+    identity: RunIdentity,
+    position: int,
+    other: Restored,
+    state: dict[str, Any],
+    deadline: Deadline | None = None,
 ) -> CheckpointName:
     """Rank 0: commit at `position` a checkpoint whose parts are those of `other`, in the folders where they lie.
 
-    Raises SaveFailed or Superseded, and then nothing is visible.
+    Raises as `commit` does.
     """
     name = CheckpointName(position, identity.attempt)
     folder = other.name.folder
     parts = tuple(part.model_copy(update={"folder": part.folder or folder}) for part in other.manifest.parts)
     its = replace(identity, world_size=other.manifest.world_size, zero_stage=other.manifest.zero_stage)
-    try:
-        _put_manifest(store, its, name, parts, state, Deadline(deadline_s))
-    except OSError as error:
-        raise SaveFailed(name, "its manifest in the store", str(error)) from None
+    _put_manifest(store, its, name, parts, state, deadline or Deadline(DEADLINE_S))
     return name
 
 
@@ -306,19 +308,20 @@ class Saver:
         self._save = _Save(name, Deadline(self.deadline_s), thread)
         thread.start()
 
-    def refer(self, position: int, other: Restored, state: dict[str, Any]) -> None:
-        """Rank 0, on the main thread: commit the state of another checkpoint at `position`. Returns once it is there.
-
-        Raises SaveFailed, Superseded.
-        """
-        name = CheckpointName(position, self.identity.attempt)
+    def refer(self, position: int, other: Restored, state: dict[str, Any]) -> SaveFailed | None:
+        """Rank 0, on the main thread: commit the state of another checkpoint at `position`. Returns once it is there,
+        or why it will not be, counted. Raises Superseded."""
+        name, deadline = CheckpointName(position, self.identity.attempt), Deadline(self.deadline_s)
         try:
-            insist(name, self.before_commit, Deadline(self.deadline_s))
+            insist(name, self.before_commit, deadline)
+            self.committed = refer(self.store, self.identity, position, other, state, deadline)
+        except SaveFailed as error:
+            return self._count(error)
         except OSError as error:
-            raise SaveFailed(name, "what goes before it in the store", str(error)) from None
-        self.committed = refer(self.store, self.identity, position, other, state, self.deadline_s)
+            return self._count(SaveFailed(name, "its manifest and what goes before it in the store", str(error)))
         if self.retention is not None:
             self.retention.begin(name)
+        return None
 
     def poll(self) -> SaveFailed | None:
         """Why the save that began last will not be a checkpoint, once that is known; said once, and counted.
@@ -339,9 +342,7 @@ class Saver:
             return None
         assert isinstance(failed, SaveFailed)
         save.reported = True
-        self.failures += 1
-        log.warning("%s", failed)
-        return failed
+        return self._count(failed)
 
     def settle(self) -> SaveFailed | None:
         """`poll`, once the save that is under way has ended or missed its deadline."""
@@ -359,6 +360,11 @@ class Saver:
         """`settle`, for a caller that cannot do without this save. Raises SaveFailed, Superseded."""
         if failed := self.settle():
             raise failed
+
+    def _count(self, failed: SaveFailed) -> SaveFailed:
+        self.failures += 1
+        log.warning("%s", failed)
+        return failed
 
     def _run(self, snapshot: list[Interval], state: dict[str, Any]) -> None:
         assert self._save is not None

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from trainer.config import Precision, TrainConfig
 from trainer.engine.engine import Interval, Kind, autocast
@@ -41,24 +42,10 @@ class ReplicatedEngine:
             offset = end
         self._share = (size * group.rank // group.world_size, size * (group.rank + 1) // group.world_size)
         self._ema = self._master[slice(*self._share)].clone()
-        self._make_optimizer(config)
-        self._view = list(self._cut_share())
-
-    def _make_optimizer(self, config: TrainConfig) -> None:
-        flat = nn.Parameter(self._master)
-        flat.grad = self._gradient
-        self._optimizer = torch.optim.AdamW(
-            [flat],
-            lr=config.lr,
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        # Moments exist from the start, so that a checkpoint of step 0 has the same parts as any other.
         self._moments = {"exp_avg": torch.zeros_like(self._master), "exp_avg_sq": torch.zeros_like(self._master)}
-        self._optimizer.state[flat] = {"step": torch.tensor(0.0, device=flat.device), **self._moments}
-        self._flat = flat
+        self._updates = torch.tensor(0.0, device=group.device)  # that were applied
+        self._config = config
+        self._view = list(self._cut_share())
 
     def precision_context(self) -> AbstractContextManager[object]:
         return autocast(self.precision, self.group.device)
@@ -70,10 +57,30 @@ class ReplicatedEngine:
         self.group.sum_(self._gradient)
         decision = guard(float(torch.linalg.vector_norm(self._gradient)))
         if decision is Decision.CONTINUE:
-            self._optimizer.param_groups[0]["lr"] = lr
-            self._optimizer.step()
+            self._step(lr)
         self._gradient.zero_()
         return decision
+
+    @torch.no_grad()
+    def _step(self, lr: float) -> None:
+        # The function behind torch.optim.AdamW, whose class imports torch._dynamo: two seconds of every start.
+        beta1, beta2 = self._config.adam_betas
+        adamw(
+            [self._master],
+            [self._gradient],
+            [self._moments["exp_avg"]],
+            [self._moments["exp_avg_sq"]],
+            [],
+            [self._updates],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=self._config.adam_eps,
+            weight_decay=self._config.weight_decay,
+            amsgrad=False,
+            maximize=False,
+            fused=True,
+        )
 
     def shard_view(self) -> Iterator[Interval]:
         return iter(self._view)  # cut once: the state stays where it is, and the EMA goes through it at every step
@@ -102,13 +109,13 @@ class ReplicatedEngine:
             parameter_begin += size
 
     def optimizer_steps(self) -> int:
-        return int(self._optimizer.state[self._flat]["step"])
+        return int(self._updates)
 
     def loss_scale(self) -> dict[str, float]:
         return {}
 
     def loaded(self, optimizer_steps: int, loss_scale: dict[str, float]) -> None:
-        self._optimizer.state[self._flat]["step"].fill_(float(optimizer_steps))
+        self._updates.fill_(float(optimizer_steps))
 
     @contextmanager
     def weights(self, kind: Literal["master", "ema"]) -> Iterator[nn.Module]:

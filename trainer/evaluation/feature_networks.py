@@ -11,7 +11,6 @@ pytorch-fid release, CLIP's files are OpenAI's.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from data_pipeline.clip_tokenizer import clip_tokens
 from data_pipeline.config import Settings
 from data_pipeline.errors import UserError
 from data_pipeline.images import AREA_FILTER_VERSION
-from data_pipeline.manifests import digest_of
+from data_pipeline.manifests import digest_of, sha256_of
 from trainer.evaluation.clip_score import open_clip_checkpoint
 from trainer.interop.openai import refuse_misfit
 from trainer.models import inception
@@ -112,20 +111,6 @@ class FeatureNetwork(Protocol):
         """[n, D] of n square pictures, each uint8 [s, s, 3]. Raises UserError for pictures that it does not take."""
 
 
-class Classifier(FeatureNetwork, Protocol):
-    """One that also knows classes, for the Inception Score."""
-
-    def features_and_logits(self, pictures: Sequence[Pixels] | Pixels) -> tuple[Float32, Float32]:
-        """([n, D], [n, K])"""
-
-
-class TextImage(FeatureNetwork, Protocol):
-    """One that reads captions too, for the CLIP score."""
-
-    def text_features(self, captions: Sequence[str]) -> Float32:
-        """[n, D]: the cosine with a picture's features says how well they fit."""
-
-
 def identify(settings: NetworkSettings) -> Identity:
     """Raises UserError for a file that is not there or has another digest, and as `open_clip_checkpoint` does."""
     if isinstance(settings, NoisedClipSettings):
@@ -140,15 +125,6 @@ def identify(settings: NetworkSettings) -> Identity:
         raise UserError(name, f"sha256 {settings.sha256[:12]}", found[:12], next_step)
     rule = settings.resize if isinstance(settings, InceptionSettings) else "clip"
     return Identity(settings.kind, found, rule, str(settings.file.resolve()))
-
-
-def sha256_of(file: Path) -> str:
-    """Of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def load_network(settings: NetworkSettings, device: str = "cpu") -> FeatureNetwork:
@@ -194,7 +170,7 @@ def _filled(module: nn.Module, state: dict[str, Tensor], identity: Identity, dev
 
 
 class InceptionNetwork:
-    """See Classifier. 2048 pooled features, 1008 classes."""
+    """It also knows classes, for the Inception Score."""
 
     def __init__(self, identity: Identity, state: dict[str, Tensor], device: str = "cpu") -> None:
         self.identity, self._device = identity, device
@@ -204,6 +180,7 @@ class InceptionNetwork:
         return self.features_and_logits(pictures)[0]
 
     def features_and_logits(self, pictures: Sequence[Pixels] | Pixels) -> tuple[Float32, Float32]:
+        """([n, 2048] pooled features, [n, 1008] of classes)"""
         resized = _by_tf1 if self.identity.rule == "tf1" else _clean
         inputs = (torch.from_numpy(resized(pictures, inception.SIDE)) - 128) / 128  # the graph's own scale
         with torch.no_grad():
@@ -212,7 +189,7 @@ class InceptionNetwork:
 
 
 class ClipNetwork:
-    """See TextImage. OpenAI's CLIP."""
+    """OpenAI's CLIP: the cosine of a picture's and a caption's features says how well they fit."""
 
     def __init__(self, identity: Identity, state: dict[str, Tensor], device: str = "cpu") -> None:
         self.identity, self._device = identity, device
@@ -244,7 +221,7 @@ class ClipNetwork:
 
 
 class NoisedClipNetwork:
-    """See TextImage. The EMA weights of a checkpoint."""
+    """The EMA weights of a checkpoint, compared as those of ClipNetwork."""
 
     def __init__(self, identity: Identity, device: str = "cpu") -> None:
         self.identity, self._device = identity, device

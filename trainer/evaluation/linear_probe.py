@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from data_pipeline.config import Settings
 from data_pipeline.draws import mix64
 from data_pipeline.errors import UserError
+from data_pipeline.manifests import sha256_of
 from data_pipeline.records import IMAGE_SUFFIXES
-from trainer.evaluation.feature_networks import SHA256, FeatureNetwork, Float32, Identity, sha256_of
+from trainer.evaluation.feature_networks import SHA256, FeatureNetwork, Float32, Identity
 from trainer.evaluation.reference import BLOCK
 from trainer.pictures import read_picture
 from trainer.recipes.recipe import Pixels

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_pipeline.errors import UserError
+from data_pipeline.manifests import sha256_of
 from trainer.config import TrainConfig
 from trainer.interop.arguments import Kind, clip_arguments, glide_arguments, kind_of
-from trainer.interop.importer import part_of, sha256_of
+from trainer.interop.importer import part_of
 from trainer.interop.openai import release_file_name, release_states
 from trainer.weights import Checkpoint, WeightsKind, load_trained, open_checkpoint
 

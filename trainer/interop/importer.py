@@ -7,7 +7,6 @@ starts from it as a parent, it does not resume. Called by `glidepath import`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import UsageError, UserError
+from data_pipeline.manifests import sha256_of
 from data_pipeline.storage import ObjectStore, open_store
 from trainer.checkpoint.attempts import newest_attempt, take_attempt
 from trainer.checkpoint.save import RunIdentity, Saver
@@ -119,14 +119,6 @@ def part_of(config: TrainConfig) -> str:
     return parts[0]
 
 
-def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _save(
     store: ObjectStore, config: TrainConfig, part: str, module: nn.Module, lineage: dict[str, dict[str, Any]]
 ) -> str:
@@ -147,7 +139,7 @@ def _save(
     saver.save(0, _view(part, module), {"optimizer_steps": {part: 0}, "guard": {}, "order": {}})
     saver.wait()
     assert saver.committed is not None
-    return f"{store.uri}/{saver.committed.folder.rstrip('/')}"
+    return saver.committed.uri(store)
 
 
 def _view(part: str, module: nn.Module) -> Iterator[Interval]:

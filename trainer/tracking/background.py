@@ -30,11 +30,12 @@ PICTURE_TRIES = 8
 class PictureServer(Server, Protocol):
     """A server that also keeps pictures. Raises ServerFailed."""
 
-    def send_picture(self, key: str, png: bytes) -> None: ...
+    def send_picture(self, images: int, key: str, png: bytes) -> None: ...
 
 
 class BackgroundTracker:
-    """See Tracker. `connect` is called on the thread, since importing a client takes seconds; raises ServerFailed."""
+    """See Tracker. `connect` is called on the thread, since importing a client takes seconds; raises ServerFailed.
+    `attempt` may be raised: the driver's tracker goes on from attempt to attempt."""
 
     def __init__(self, connect: Callable[[], PictureServer], attempt: int, flush_s: float = FLUSH_S) -> None:
         self.attempt, self._connect, self._flush_s = attempt, connect, flush_s
@@ -100,6 +101,7 @@ class BackgroundTracker:
                 if delivery is None:
                     server = self._connect()
                     delivery = Delivery(self._spool, server, self.attempt, self._given_up.wait)
+                delivery.attempt = self.attempt
                 while delivery.deliver():
                     self._say_what_was_lost()
                 self._send_pictures(server)
@@ -133,7 +135,7 @@ class BackgroundTracker:
         while self._pictures:
             images, key, png = self._pictures[0]
             try:
-                server.send_picture(key, png)
+                server.send_picture(images, key, png)
             except ServerFailed as error:
                 self._picture_tries += 1
                 if self._picture_tries < PICTURE_TRIES and not self._closing.is_set():

@@ -6,13 +6,14 @@ again, the line of the highest attempt counts (`read_curves`).
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trainer.tracking.tracker import Record
 
@@ -28,6 +29,7 @@ class JsonlTracker:
     def __init__(self, folder: Path, attempt: int) -> None:
         self.attempt = attempt
         self._path = folder / METRICS
+        self._file: io.FileIO | None = None  # kept open: opening it takes longer than a line, at every step
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -50,27 +52,43 @@ class JsonlTracker:
             self._write({name: value for name, value in record.items() if name != "ms"})
 
     def close(self) -> list[Record] | None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         return []
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            append_line(self._path, {"attempt": self.attempt, **line})
+            if self._file is None:
+                self._file = _open_lines(self._path)
+            _write_line(self._file, {"attempt": self.attempt, **line})
         except OSError as error:  # a full disk must not end the training
             log.warning("%s: a line was lost: %s", self._path, error)
+            self.close()  # the next one ends what is there of it
 
 
 def append_line(path: Path, document: dict[str, Any]) -> None:
     """Append one JSON document as a line. A line that a killed process left unfinished is ended first, by itself."""
+    with _open_lines(path) as file:
+        _write_line(file, document)
+
+
+def _write_line(file: io.FileIO, document: dict[str, Any]) -> None:
+    """With one call, so that lines of other processes do not come between."""
+    data = json.dumps(document).encode() + b"\n"
+    if file.write(data) != len(data):
+        raise OSError("only a part of it was written")
+
+
+def _open_lines(path: Path) -> io.FileIO:
+    """To append lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() and not _ends_with_newline(file):
+    file = path.open("ab+", buffering=0)
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
             file.write(b"\n")
-        file.write(json.dumps(document).encode() + b"\n")
-
-
-def _ends_with_newline(file: IO[bytes]) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+    return file
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

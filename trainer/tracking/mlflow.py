@@ -3,8 +3,8 @@
 Always holds: params are logged once, what an attempt may change stands in tags; the metrics of the run have one point
 per update, held-out figures go to a child run; MLflow's step is images; nothing here retries: the driver refuses to
 start, the tracker's thread has its own back-off. Called by the driver (`open_run`, `end_run`), by rank 0's tracker
-(`MlflowServer`), and by the command line and the demo, which read. Importing mlflow takes seconds, so that happens in
-`_client`.
+(`MlflowServer`), by the registry, and by the command line and the demo, which read. Importing mlflow takes seconds, so
+that happens in `mlflow_client`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
+from PIL import Image
 
 from data_pipeline.errors import UserError
+from trainer.tracking.charts import VIEW_TAG, charts_address, layout
 from trainer.tracking.runs import RunFigures, flat_text
 from trainer.tracking.spool import Point, ServerFailed
 from trainer.tracking.tracker import HELDOUT, Record
@@ -33,6 +35,7 @@ EXPERIMENT = "glidepath"
 RUN, STORE, ATTEMPT = "glidepath.run", "glidepath.store", "glidepath.attempt"
 IDENTITY, PART = "glidepath.identity", "glidepath.part"
 PARENT = "mlflow.parentRunId"
+CAME_FROM, FAMILY = "glidepath.from_runs", "glidepath.family"  # MLflow ids: of what it came from; of the oldest of all
 # MLflow's own limits (mlflow/utils/validation.py); older servers have the smaller one of tags.
 PARAM_CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS, ENTITIES = 6000, 5000, 36, 100
 RUNS_PER_PAGE = 1000
@@ -45,6 +48,7 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -72,19 +76,20 @@ class RunAbout:
     datasets: tuple[DatasetUse, ...]
     restart_reason: str  # why this driver started it again; else empty
     attempt_tags: dict[str, str]  # world_size, zero_stage, job, code_version: what attempts differ in
+    parents: tuple[str, ...] = ()  # identities of the runs whose checkpoints it began from
 
 
 def check_server(uri: str) -> None:
     """Raise UserError if the server does not answer, within about 10 s."""
-    with _refusing(uri):
-        _experiment(_client(uri, CHECK_TIMEOUT_S))
+    with refusing(uri):
+        _experiment(mlflow_client(uri, CHECK_TIMEOUT_S))
 
 
 def open_run(uri: str, about: RunAbout) -> str:
     """The id of the run on the server, made if it is not there yet; it is RUNNING now, and of this attempt, unless a
     newer one claimed it meanwhile. Raises UserError."""
-    with _refusing(uri):
-        client = _client(uri)
+    with refusing(uri):
+        client = mlflow_client(uri)
         experiment = _experiment(client)
         tags = {IDENTITY: about.identity, RUN: about.run, STORE: about.store}
         run_id = _find_or_create(client, experiment, f"tags.`{IDENTITY}` = '{about.identity}'", tags, about.run)
@@ -92,11 +97,17 @@ def open_run(uri: str, about: RunAbout) -> str:
         if _newer_than(about.attempt, run):
             return run_id
         client.set_tag(run_id, ATTEMPT, str(about.attempt))  # first: an older driver that ends now leaves it alone
+        for key, value in _lineage_tags(client, experiment, about.parents).items():
+            client.set_tag(run_id, key, value)
         if about.config.get("heldout"):
             _heldout_run(client, run_id)
         _set_status(client, run, "RUNNING")
         _log_settings(client, run_id, about)
         _log_datasets(client, run_id, about)
+        if client.get_experiment(experiment).tags.get(VIEW_TAG) != layout():
+            client.set_experiment_tag(experiment, VIEW_TAG, layout())
+    log.info("tracked as %s/#/experiments/%s/runs/%s", uri, experiment, run_id)
+    log.info("charts of all runs: %s", charts_address(uri, experiment))
     _store_config(uri, run_id, about)
     return run_id
 
@@ -104,7 +115,7 @@ def open_run(uri: str, about: RunAbout) -> str:
 def end_run(uri: str, run_id: str, status: Status, attempt: int) -> None:
     """Note how the run stands after `attempt`, unless a newer one goes on with it. Raises ServerFailed."""
     with _failing():
-        client = _client(uri, CHECK_TIMEOUT_S)
+        client = mlflow_client(uri, CHECK_TIMEOUT_S)
         run = client.get_run(run_id)
         if not _newer_than(attempt, run):
             _set_status(client, run, status)
@@ -112,13 +123,13 @@ def end_run(uri: str, run_id: str, status: Status, attempt: int) -> None:
 
 def list_runs(uri: str) -> list[RunFigures]:
     """Every training run of the server, newest first. Raises UserError."""
-    with _refusing(uri):
-        client = _client(uri)
+    with refusing(uri):
+        client = mlflow_client(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:  # nothing was tracked there yet, and reading makes nothing
             return []
-        found = _search(client, experiment.experiment_id, f"tags.`{RUN}` LIKE '%'")
-        parts = _search(client, experiment.experiment_id, f"tags.`{PART}` = 'heldout'")
+        found = runs_where(client, experiment.experiment_id, f"tags.`{RUN}` LIKE '%'")
+        parts = runs_where(client, experiment.experiment_id, f"tags.`{PART}` = 'heldout'")
         children = {part.data.tags[PARENT]: part for part in parts if PARENT in part.data.tags}
         return [_figures(run, children.get(run.info.run_id)) for run in reversed(found)]
 
@@ -126,8 +137,8 @@ def list_runs(uri: str) -> list[RunFigures]:
 def first_heldout(uri: str, run_id: str) -> dict[str, float]:
     """The run's first held-out figures, by term; none without a child run. Raises ServerFailed."""
     with _failing():
-        client = _client(uri)
-        children = _heldout_runs(client, client.get_run(run_id))
+        client = mlflow_client(uri)
+        children = heldout_runs(client, client.get_run(run_id))
         histories = {
             name: client.get_metric_history(child.info.run_id, name)
             for child in children
@@ -140,7 +151,7 @@ def first_heldout(uri: str, run_id: str) -> dict[str, float]:
 def event_positions(uri: str, run_id: str, kind: str) -> list[int]:
     """Images at which events of a kind happened, ascending. Raises ServerFailed."""
     with _failing():
-        tags = _client(uri).get_run(run_id).data.tags
+        tags = mlflow_client(uri).get_run(run_id).data.tags
     parts = [key.split("/") for key in tags if key.startswith("event/")]
     return sorted(int(images) for _, images, _, found in parts if found == kind)
 
@@ -153,18 +164,16 @@ def store_results(
     step: int,
     metrics: dict[str, float],
     files: Path,
-    parent: str | None = None,
+    parents: Sequence[str] = (),
     params: Mapping[str, str] = NO_PARAMS,
 ) -> str:
     """Metrics, and the files of a folder, in a run of their own that is no training run: `part` is its kind, `identity`
-    finds it again. It is a child of the training run with the identity `parent`, where that is on the server. Its id.
-    Raises UserError."""
-    with _refusing(uri):
-        client = _client(uri)
-        experiment, tags = _experiment(client), {IDENTITY: identity, PART: part}
-        parents = _search(client, experiment, f"tags.`{IDENTITY}` = '{parent}'") if parent else []
-        if parents:
-            tags[PARENT] = parents[0].info.run_id
+    finds it again. It is a child of the first of the training runs with the identities `parents` that are on the
+    server, and its tags name all of them. Its id. Raises UserError."""
+    with refusing(uri):
+        client = mlflow_client(uri)
+        experiment = _experiment(client)
+        tags = {IDENTITY: identity, PART: part} | _lineage_tags(client, experiment, parents)
         run_id = _find_or_create(client, experiment, f"tags.`{IDENTITY}` = '{identity}'", tags, name)
         there = client.get_run(run_id).data
         for key, text in params.items():
@@ -173,9 +182,9 @@ def store_results(
         for key, value in metrics.items():
             if there.metrics.get(key) != value:  # the same again is no further point
                 client.log_metric(run_id, key, value, step=step)
-        with _artifacts_failing():
+        with artifacts_failing():
             client.log_artifacts(run_id, str(files))
-        client.update_run(run_id, status="FINISHED")
+        client.set_terminated(run_id)
     return run_id
 
 
@@ -185,7 +194,7 @@ class MlflowServer:
     def __init__(self, uri: str, run_id: str) -> None:
         """Raises ServerFailed when mlflow is not installed."""
         with _failing():
-            self._client = _client(uri)
+            self._client = mlflow_client(uri)
         self._run_id = run_id
         self._heldout: str | None = None
 
@@ -200,7 +209,7 @@ class MlflowServer:
         with _failing():
             steps = {}
             run = self._client.get_run(self._run_id)
-            for part in (run, *_heldout_runs(self._client, run)):
+            for part in (run, *heldout_runs(self._client, run)):
                 # The server keeps the newest point of each metric by step; only the message has the step of it.
                 for metric in part.data.to_proto().metrics:
                     steps[metric.key] = metric.step
@@ -220,11 +229,16 @@ class MlflowServer:
             if metrics[False] or tags:
                 self._client.log_batch(self._run_id, metrics=metrics[False], tags=tags)
 
-    def send_picture(self, key: str, png: bytes) -> None:
-        with _artifacts_failing(), TemporaryDirectory(prefix="glidepath-") as folder:
+    def send_picture(self, images: int, key: str, png: bytes) -> None:
+        """Under `key`, and once more as the page's own image grid wants it, by which grids of several positions and
+        runs are seen side by side: samples/images-000000064-ema.png is samples/ema at step 64."""
+        name = f"{Path(key).parent}/{Path(key).stem.rpartition('-')[2]}"
+        with artifacts_failing(), TemporaryDirectory(prefix="glidepath-") as folder:
             path = Path(folder, Path(key).name)
             path.write_bytes(png)
             self._client.log_artifact(self._run_id, str(path), str(Path(key).parent))
+            with Image.open(path) as picture:
+                self._client.log_image(self._run_id, picture, key=name, step=images, synchronous=True)
 
     def _heldout_id(self) -> str:
         if self._heldout is None:
@@ -237,7 +251,7 @@ def event_tag(event: Record) -> str:
     return f"event/{event['images']}/{event['attempt']}/{event['event']}"
 
 
-def _client(uri: str, timeout_s: int = TIMEOUT_S) -> Any:
+def mlflow_client(uri: str, timeout_s: int = TIMEOUT_S) -> Any:
     """mlflow's client; the timeout holds for all clients of this process. Raises UserError when it is not installed."""
     os.environ.update(CLIENT_ENVIRONMENT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)})
     try:
@@ -264,7 +278,7 @@ def _failing() -> Iterator[None]:
 
 
 @contextmanager
-def _artifacts_failing() -> Iterator[None]:
+def artifacts_failing() -> Iterator[None]:
     """The same for artifacts, whose stores have client libraries of their own with exceptions of any kind, or lack
     them. Their text stays out: it may hold a signed address."""
     try:
@@ -274,9 +288,9 @@ def _artifacts_failing() -> Iterator[None]:
 
 
 @contextmanager
-def _refusing(uri: str) -> Iterator[None]:
+def refusing(uri: str) -> Iterator[None]:
     """The same as UserError, for the driver and the command line."""
-    _client(uri)  # first: without mlflow, its exceptions cannot be imported either
+    mlflow_client(uri)  # first: without mlflow, its exceptions cannot be imported either
     try:
         with _failing():
             yield
@@ -316,7 +330,7 @@ def _experiment(client: Any) -> str:
     return str(found.experiment_id)
 
 
-def _search(client: Any, experiment: str, condition: str) -> list[Any]:
+def runs_where(client: Any, experiment: str, condition: str) -> list[Any]:
     """All runs that meet a condition, oldest first."""
     runs, token = [], None
     while True:
@@ -330,13 +344,31 @@ def _search(client: Any, experiment: str, condition: str) -> list[Any]:
 def _find_or_create(client: Any, experiment: str, condition: str, tags: dict[str, str], name: str) -> str:
     """The oldest run that meets the condition, as one with these tags does. Where two make it at the same time, both
     then see the oldest, and it stays."""
-    found = _search(client, experiment, condition)
+    found = runs_where(client, experiment, condition)
     if not found:
         made = client.create_run(experiment, tags=tags, run_name=name)
-        found = _search(client, experiment, condition)
+        found = runs_where(client, experiment, condition)
         if found[0].info.run_id != made.info.run_id:
             client.delete_run(made.info.run_id)
     return str(found[0].info.run_id)
+
+
+def _lineage_tags(client: Any, experiment: str, parents: Sequence[str]) -> dict[str, str]:
+    """What ties a run to those that it came from, by their identities: MLflow's own link to the first of them, the ids
+    of all, and the oldest run of the family. Runs that are not on this server are left out."""
+    found = [run for parent in parents for run in runs_where(client, experiment, f"tags.`{IDENTITY}` = '{parent}'")[:1]]
+    if not found:
+        return {}
+    ids = " ".join(dict.fromkeys(run.info.run_id for run in found))
+    first = found[0]
+    return {PARENT: first.info.run_id, CAME_FROM: ids, FAMILY: first.data.tags.get(FAMILY, first.info.run_id)}
+
+
+def training_run(client: Any, identity: str) -> str | None:
+    """The id of the training run with this identity; None where the server has none."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    found = runs_where(client, experiment.experiment_id, f"tags.`{IDENTITY}` = '{identity}'") if experiment else []
+    return str(found[0].info.run_id) if found else None
 
 
 def _heldout_run(client: Any, parent: str) -> str:
@@ -347,9 +379,9 @@ def _heldout_run(client: Any, parent: str) -> str:
     return _find_or_create(client, run.info.experiment_id, _heldout_condition(parent), tags, name)
 
 
-def _heldout_runs(client: Any, parent: Any) -> list[Any]:
+def heldout_runs(client: Any, parent: Any) -> list[Any]:
     """The child run of held-out figures, if there is one; nothing is made."""
-    return _search(client, parent.info.experiment_id, _heldout_condition(parent.info.run_id))
+    return runs_where(client, parent.info.experiment_id, _heldout_condition(parent.info.run_id))
 
 
 def _heldout_condition(parent: str) -> str:
@@ -366,8 +398,11 @@ def _newer_than(attempt: int, run: Any) -> bool:
 
 def _set_status(client: Any, run: Any, status: Status) -> None:
     """Of a run and its child."""
-    for part in (run, *_heldout_runs(client, run)):
-        client.update_run(part.info.run_id, status=status)
+    for part in (run, *heldout_runs(client, run)):
+        if status == "RUNNING":
+            client.update_run(part.info.run_id, status=status)
+        else:
+            client.set_terminated(part.info.run_id, status)  # with its time, which update_run leaves unknown
 
 
 def _log_settings(client: Any, run_id: str, about: RunAbout) -> None:
@@ -410,9 +445,9 @@ def _log_datasets(client: Any, run_id: str, about: RunAbout) -> None:
 def _store_config(uri: str, run_id: str, about: RunAbout) -> None:
     """The whole resolved configuration as a file of the run. A broken artifact store is no reason not to train."""
     try:
-        with _artifacts_failing():
+        with artifacts_failing():
             text = yaml.safe_dump(about.config, sort_keys=False)
-            _client(uri).log_text(run_id, text, f"config/attempt-{about.attempt:05d}.yaml")
+            mlflow_client(uri).log_text(run_id, text, f"config/attempt-{about.attempt:05d}.yaml")
     except ServerFailed as error:
         log.warning("tracking server %s: the configuration was not stored as an artifact: %s", uri, error)
 

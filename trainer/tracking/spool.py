@@ -107,10 +107,10 @@ class Superseded(Exception):
 
 
 class Delivery:
-    """Sends one attempt's spool. `pause` waits that many seconds."""
+    """Sends a spool, of the attempt `attempt`. `pause` waits that many seconds."""
 
     def __init__(self, spool: Spool, server: Server, attempt: int, pause: Callable[[float], Any]) -> None:
-        self._spool, self._server, self._attempt, self._pause = spool, server, attempt, pause
+        self._spool, self._server, self.attempt, self._pause = spool, server, attempt, pause
         self._floors: dict[str, int] | None = None
 
     def deliver(self) -> bool:
@@ -118,8 +118,9 @@ class Delivery:
         batch = self._spool.batch()
         if not batch:
             return False
-        newest = self._server.claim(self._attempt)
-        if newest > self._attempt:
+        attempt = self.attempt
+        newest = self._server.claim(attempt)
+        if newest > attempt:
             raise Superseded(f"attempt {newest} logs to this run now")
         if self._floors is None:
             self._floors = self._settled_floors()
@@ -133,7 +134,7 @@ class Delivery:
         """The floors, read until they stand still: the last batch of a killed attempt may be on its way through the
         server, which tells nobody when it is done."""
         floors = self._server.newest_steps()
-        while self._attempt > 1:
+        while self.attempt > 1:
             self._pause(SETTLE_S)
             again = self._server.newest_steps()
             if again == floors:
