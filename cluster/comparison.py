@@ -100,9 +100,12 @@ def _typed(value: Any) -> Any:
 
 def gpu_hours(curves: Curves) -> dict[int, float]:
     """images -> GPU-hours that all updates up to there took: the sum of each one's time times the workers that it had,
-    one GPU each. What an attempt lost when it died, and starting anew, is not in it. {} without those curves."""
+    one GPU each. What an attempt lost when it died, starting anew and rollbacks are not in it. {} where those curves
+    are not there from the first update on, as of a run that an older version began."""
     steps, workers = curves.get(STEP_S, {}), curves.get(WORKERS, {})
-    hours, total = {}, 0.0
+    hours, total = dict[int, float](), 0.0
+    if not workers or min(workers) > min(steps, default=0):
+        return hours
     for images in sorted(steps.keys() & workers.keys()):
         total += steps[images] * workers[images] / 3600
         hours[images] = total

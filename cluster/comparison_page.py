@@ -12,6 +12,7 @@ import io
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from PIL import Image
@@ -113,9 +114,12 @@ def comparison_png(document: Document, pictures: Pictures) -> bytes:
         figure = Figure(figsize=(2 * PANEL[0], sum(tall) + 0.5), dpi=110, layout="constrained")
         parts: Any = figure.subfigures(len(tall), 1, height_ratios=tall, squeeze=False)[:, 0] if tall else []
         for place, part in enumerate(parts[:curve_rows]):
-            for axes, (name, axis, label) in zip(part.subplots(1, 2), drawn[2 * place : 2 * place + 2], strict=False):
-                draw_panel(axes, document, name, axis, label)
-                axes.set_title(_plain(name), fontsize=9, color=INK)
+            for axes, panel in zip_longest(part.subplots(1, 2), drawn[2 * place : 2 * place + 2]):
+                if panel is None:  # of an odd number the last has nobody beside it
+                    axes.set_axis_off()
+                    continue
+                draw_panel(axes, document, *panel)
+                axes.set_title(_plain(panel[0]), fontsize=9, color=INK)
         for part, grid in zip(parts[curve_rows:], rows, strict=True):
             for number, axes in enumerate(part.subplots(1, runs, squeeze=False)[0]):
                 axes.set_axis_off()

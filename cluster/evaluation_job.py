@@ -11,11 +11,10 @@ import logging
 from typing import Any
 
 from cluster.evaluation_config import FOLDER, EvaluateConfig, ServerSettings, named_server
-from cluster.work import Work, absolute_dataset, absolute_uri, is_folder
+from cluster.work import Work, absolute_dataset, absolute_model, is_folder, store_of_model
 from data_pipeline.config import parse
 from data_pipeline.errors import UserError
 from data_pipeline.storage import open_store
-from trainer.checkpoint.manifest import is_checkpoint_uri, split_checkpoint_uri
 from trainer.evaluation.feature_networks import NoisedClipSettings
 from trainer.run import dataset_uri
 
@@ -27,10 +26,10 @@ TRIES = 4  # of a task whose process or node dies
 def evaluation_work(config: EvaluateConfig, name: str) -> Work:
     """The job of an evaluation: every folder by its absolute path, since jobs run elsewhere; the tracking server of
     this environment. Raises UsageError, for a URI that carries credentials as well."""
-    models = {key: _absolute_model(uri) for key in ("checkpoint", "upsampler") if (uri := getattr(config, key))}
+    models = {key: absolute_model(uri) for key in ("checkpoint", "upsampler") if (uri := getattr(config, key))}
     dataset = absolute_dataset(config.dataset)
     features = tuple(
-        settings.model_copy(update={"checkpoint": _absolute_model(settings.checkpoint)})
+        settings.model_copy(update={"checkpoint": absolute_model(settings.checkpoint)})
         if isinstance(settings, NoisedClipSettings)
         else settings.model_copy(update={"file": settings.file.absolute()})
         for settings in config.features
@@ -43,7 +42,7 @@ def evaluation_work(config: EvaluateConfig, name: str) -> Work:
         files = {"features": config.probe.features.absolute(), "ratings": config.probe.ratings.absolute()}
         changes["probe"] = config.probe.model_copy(update=files)
     config = config.model_copy(update=changes)
-    store = config.store or _store_of(config.checkpoint)
+    store = config.store or store_of_model(config.checkpoint)
     datasets = [dataset_uri(config.dataset)]
     networks = [settings.checkpoint for settings in features if isinstance(settings, NoisedClipSettings)]
     places = [store, *datasets, *models.values(), *(uri for uri in networks if "/" in uri)]
@@ -57,18 +56,6 @@ def evaluation_work(config: EvaluateConfig, name: str) -> Work:
         datasets=datasets,
         folders=[place for place in places if is_folder(place)],
     )
-
-
-def _store_of(model: str) -> str:
-    return split_checkpoint_uri(model)[0] if is_checkpoint_uri(model) else model
-
-
-def _absolute_model(uri: str) -> str:
-    """A run's name stays: the job looks for it. Raises UsageError."""
-    if "/" not in uri:
-        return uri
-    open_store(_store_of(uri))  # refuses credentials in it
-    return absolute_uri(uri)
 
 
 def evaluate_in_task(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """No collection inside; what was made there, which lives as long as the process, is left out of later ones."""
+    """No collection inside; all that there is afterwards, even what nobody needs, is left out of later ones: for where
+    a process begins."""
     gc.disable()
     try:
         yield

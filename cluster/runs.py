@@ -129,7 +129,7 @@ def evaluation_facts(result: dict[str, Any]) -> dict[str, str]:
     """What a stored result is of, as its run on a tracking server has it for params."""
     facts = {key: str(result[key]) for key in ("weights", "seed", "images")}
     sampling = {f"sampling.{key}": str(value) for key, value in result["sampling"].items()}
-    return {**facts, "dataset": result["dataset"]["id"], **sampling}
+    return {**facts, "dataset": result["dataset"]["id"], "upsampler": result.get("upsampler") or "", **sampling}
 
 
 def compared_runs(

@@ -20,6 +20,7 @@ from data_pipeline.errors import UsageError, UserError
 from data_pipeline.sources import Input
 from data_pipeline.sources.remote import is_remote, public_uri
 from data_pipeline.storage import open_store
+from trainer.checkpoint.manifest import is_checkpoint_uri, split_checkpoint_uri
 from trainer.config import Datasets, TrainConfig
 from trainer.run import store_uri
 from trainer.tracking.registry import is_model_uri
@@ -65,11 +66,8 @@ def training_work(config: TrainConfig) -> Work:
     config = with_tracking_server(config)
     store = open_store(store_uri(config)).uri
     changes: dict[str, Any] = {"store": store, "dataset": _absolute_datasets(config.dataset)}
-    # Else a name, or a registered model, for the job to find.
-    stored = config.parent is not None and "/" in config.parent and not is_model_uri(config.parent)
-    if config.parent and stored:
-        open_store(config.parent)  # refuses credentials in it
-        changes["parent"] = absolute_uri(config.parent)
+    if config.parent:
+        changes["parent"] = absolute_model(config.parent)
     if config.heldout:
         dataset = absolute_dataset(config.heldout.dataset)
         changes["heldout"] = config.heldout.model_copy(update={"dataset": dataset})
@@ -77,7 +75,7 @@ def training_work(config: TrainConfig) -> Work:
         changes["tracking"] = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri)})
     config = config.model_copy(update=changes)
     datasets = [*config.dataset_uris(), *([config.heldout.dataset] if config.heldout else [])]
-    parent = [config.parent] if config.parent and stored else []
+    parent = [config.parent] if config.parent and _is_stored(config.parent) else []
     places = [store, *datasets, *parent, *([config.tracking.uri] if config.tracking.uri else [])]
     return Work(
         kind="train",
@@ -125,8 +123,11 @@ def corpus_work(config: CorpusConfig, name: str) -> Work:
     well."""
     assert config.output is not None
     inputs = tuple(_absolute_input(entry) for entry in config.inputs)
-    config = config.model_copy(update={"inputs": inputs, "output": open_store(config.output).uri})
-    places = [str(config.output), *(entry.uri for entry in inputs if entry.kind != "demo")]
+    scorers = tuple(one.model_copy(update={"checkpoint": absolute_model(one.checkpoint)}) for one in config.scorers)
+    changes = {"inputs": inputs, "output": open_store(config.output).uri} | ({"scorers": scorers} if scorers else {})
+    config = config.model_copy(update=changes)
+    models = [one.checkpoint for one in scorers if _is_stored(one.checkpoint)]
+    places = [str(config.output), *(entry.uri for entry in inputs if entry.kind != "demo"), *models]
     return Work(
         kind="corpus-build",
         name=f"corpus-{name}",
@@ -142,6 +143,24 @@ def is_folder(uri: str) -> bool:
 
 def absolute_uri(uri: str) -> str:
     return str(Path(uri).absolute()) if is_folder(uri) else uri
+
+
+def store_of_model(uri: str) -> str:
+    """The store URI of the run of a checkpoint, or of a run. Raises UserError as `split_checkpoint_uri`."""
+    return split_checkpoint_uri(uri)[0] if is_checkpoint_uri(uri) else uri
+
+
+def absolute_model(uri: str) -> str:
+    """A checkpoint's URI, or that of a run's store; a name or a registered model stays: the job looks for it. Raises
+    UsageError, UserError as `store_of_model`."""
+    if not _is_stored(uri):
+        return uri
+    open_store(store_of_model(uri))  # refuses credentials in it
+    return absolute_uri(uri)
+
+
+def _is_stored(model: str) -> bool:
+    return "/" in model and not is_model_uri(model)
 
 
 def absolute_dataset(name: str) -> str:

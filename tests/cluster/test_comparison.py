@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import math
 import re
 from typing import Any
@@ -27,7 +28,7 @@ from cluster.comparison import (
     thinned,
     values_at,
 )
-from cluster.comparison_page import comparison_html, comparison_png, read_grids
+from cluster.comparison_page import comparison_html, comparison_png, panels, read_grids
 from data_pipeline.errors import UsageError, UserError
 from trainer.pictures import png_bytes
 from trainer.tracking.runs import Grid, evaluation_curves
@@ -103,6 +104,8 @@ def test_gpu_hours_follow_the_workers_that_each_update_had_and_are_unknown_where
     document = compare([unknown, run("new", 10, 40, 1.0)], ["loss/total"], window=0, price=1.0)
     assert (document["runs"][0]["gpu_hours"], document["runs"][0]["cost"]) == (None, None)
     assert document["equal_gpu_hours"]["loss/total"]["values"][0] is None
+    old.curves["workers"] = {30: 1.0, 40: 1.0}  # another version went on with it
+    assert gpu_hours(old.curves) == {}
 
 
 @given(CURVES, st.floats(0, 1e9))
@@ -170,7 +173,9 @@ def test_evaluations_of_other_settings_are_other_curves() -> None:
     }
     results: list[Any] = [(64, facts, {"fid/n": 9.0}), (128, facts, {"fid/n": 7.0})]
     results += [(128, {**facts, "sampling.guidance_scale": "1.0", "weights": "raw"}, {"fid/n": 8.0})]
+    results += [(128, {**facts, "upsampler": "runs/up"}, {"fid/n": 6.0})]
     assert evaluation_curves(results) == {
+        "evaluation/fid/n (256 of 5f3a91c2, upsampler=runs/up)": {128: 6.0},
         "evaluation/fid/n (256 of 5f3a91c2)": {64: 9.0, 128: 7.0},
         "evaluation/fid/n (256 of 5f3a91c2, guidance_scale=1.0, weights=raw)": {128: 8.0},
     }
@@ -196,6 +201,16 @@ class Pictures:
     def picture(self, grid: Grid) -> bytes | None:
         pixels = np.full((64, 128, 3), grid.images, np.uint8)
         return b"no picture" if grid.weights == "raw" else png_bytes(Image.fromarray(pixels), {})
+
+
+def test_the_last_of_an_odd_number_of_panels_has_nothing_beside_it() -> None:
+    alone = run("alone", 10, 40, 1.0)
+    del alone.curves["workers"]
+    document = compare([alone, alone], ["loss/total"], 0, None)
+    assert len(panels(document)) == 1
+    with Image.open(io.BytesIO(comparison_png(document, {}))) as picture:
+        right = picture.convert("L").crop((picture.width * 3 // 5, 0, picture.width, picture.height))
+    assert right.getextrema() == (255, 255)
 
 
 def test_the_page_and_the_picture_hold_everything_and_load_nothing() -> None:

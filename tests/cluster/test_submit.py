@@ -115,11 +115,16 @@ def test_work_names_every_folder_by_its_absolute_path(train_values: Values, tmp_
         "output": "s3://bucket/out",
     }
     corpus["filters"] = {"preset": "basic", "max_aspect": None}
+    corpus["scorers"] = [
+        {"kind": "noised_clip", "checkpoint": uri} for uri in ("runs/clip", "clip", "models:/clip@best")
+    ]
     config = parse(CorpusConfig, corpus, "test")
     made = corpus_work(config, "photos")
+    clip = str(tmp_path / "runs" / "clip")
+    assert [entry["checkpoint"] for entry in made.values["scorers"]] == [clip, "clip", "models:/clip@best"]
     assert parse(CorpusConfig, made.values, "job").filters.resolved() == config.filters.resolved()
     assert [entry["uri"] for entry in made.values["inputs"]] == [str(tmp_path / "in"), "train"]
-    assert made.folders == [str(tmp_path / "in")] and made.store == "s3://bucket/out"
+    assert made.folders == [str(tmp_path / "in"), clip] and made.store == "s3://bucket/out"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,10 @@ def test_no_credential_gets_into_a_job(train_values: Values, monkeypatch: pytest
             corpus_work(corpus, "photos")
         errors.append(refused)
     demo = [{"kind": "demo", "uri": "train"}]
+    scorers = [{"kind": "noised_clip", "checkpoint": "s3://KEY:SECRET@bucket/clip"}]
+    with pytest.raises(UsageError) as refused:
+        corpus_work(parse(CorpusConfig, {"inputs": demo, "output": "out", "scorers": scorers}, "test"), "photos")
+    errors.append(refused)
     for uri in ("s3://KEY:SECRET@bucket/run", "gs://KEY:SECRET@bucket/run", "s3://bucket/run?signature=SECRET"):
         for place in ({"store": uri}, {"dataset": uri}, {"heldout": {"dataset": uri}}):
             config = parse_train_config(train_values() | place, "test")

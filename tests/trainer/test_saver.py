@@ -264,6 +264,26 @@ def test_what_a_save_left_that_could_not_ask_for_newer_attempts_is_cleared_away(
     assert {path.parent.parent.name for path in tmp_path.rglob("*") if path.is_file()} == {"images-000000032"}
 
 
+def test_a_save_again_at_the_place_of_one_that_failed_leaves_what_other_ranks_stored_meanwhile(tmp_path: Path) -> None:
+    failing = [True]
+
+    def faults(operation: str, key: str) -> None:
+        if failing[0] and operation == "list" and key == "attempts/":
+            raise StoreError(key, "no answer")
+
+    store = UnreliableStore(tmp_path, faults)
+    ranks = [saver(store, 0.5, rank=number, world_size=2) for number in (1, 0)]
+    for run in ranks:
+        begin(run, 16)
+        assert (run.settle() is None) == (run.identity.rank == 1)
+    failing[0] = False
+    for run in ranks:  # rank 1 is done before rank 0 begins
+        run.deadline_s = 5.0
+        begin(run, 16)
+        run.wait()
+    assert restored_position(store) == 16
+
+
 def test_a_manifest_whose_answer_was_lost_is_a_success(tmp_path: Path) -> None:
     class Deaf(LocalStore):
         lost = 0

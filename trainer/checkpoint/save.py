@@ -379,7 +379,7 @@ class Saver:
 
     def _store(self, save: _Save, snapshot: list[Interval], state: dict[str, Any]) -> None:
         position, rank = save.name.position, self.identity.rank
-        self._clear_left_behind(rank)
+        self._clear_left_behind(rank, save.name)
         try:
             upload_share(self.store, self.identity, position, snapshot, save.deadline)
         except OSError as error:
@@ -398,8 +398,10 @@ class Saver:
         if self.retention is not None:
             self.retention.begin(save.name)
 
-    def _clear_left_behind(self, rank: int) -> None:
-        """All ranks were done with those saves before this one began, which may need their room."""
+    def _clear_left_behind(self, rank: int, now: CheckpointName) -> None:
+        """All ranks were done with those saves before this one began, which may need their room. One of its own place
+        is overwritten with the same state: other ranks may have stored theirs anew by now."""
+        self._left_behind = [name for name in self._left_behind if name != now]
         try:
             while rank == 0 and self._left_behind:
                 _forget(self.store, self._left_behind[-1])

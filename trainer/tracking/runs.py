@@ -21,6 +21,7 @@ SAMPLING = "sampling."
 USUAL = {f"{SAMPLING}{key}": str(value) for key, value in SamplingSettings().model_dump().items()} | {
     "weights": "ema",
     "seed": "0",
+    "upsampler": "",  # the URI of a checkpoint
 }
 
 Curves = dict[str, dict[int, float]]  # name -> {images: value}
@@ -88,7 +89,7 @@ def evaluation_curves(results: Iterable[tuple[int, Mapping[str, str], Mapping[st
 
     The name says of what settings a figure is, since figures of others are not to be compared with it:
     `evaluation/fid/noised-clip-ab12cd34 (256 of 5f3a91c2, guidance_scale=4.0)`: 256 pictures, the captions of that
-    dataset, and whatever is not as usual. `facts`: as text; images, dataset, weights, seed, sampling.*.
+    dataset, and whatever is not as usual. `facts`: as text; images, dataset, weights, seed, upsampler, sampling.*.
     """
     curves: Curves = {}
     for images, facts, metrics in results:
