@@ -211,7 +211,8 @@ class TrainingLoop:
         if failed:
             self.say("save-failed", str(failed))
         self.checkpoint = self.saver.committed or self.checkpoint
-        self.saved, self.save_owed, self.save_begun_s = self.position * committed, not committed, time.monotonic()
+        self.saved, self.save_owed = self.position if committed else 0, not committed
+        self.save_begun_s = time.monotonic()
 
     def stop_agreed(self) -> bool:
         """Whether rank 0 knows of a request. A collective call."""
