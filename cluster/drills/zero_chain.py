@@ -2,6 +2,10 @@
 converted on the way, no sample is dropped or repeated, and the loss stays that of a run that never changed.
 
 Dropout inside the network is drawn per rank, so it is off here; all else is a function of the position.
+
+In bf16 a change of the last bit of each weight moves the losses after it as far as a change of the world size does
+(docs/decisions.md, 148). So there only the first update after a change has a bound of its own, and the others may be
+no further off than the same run in other micro batches, in which nothing differs but rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ from trainer.engine.group import Group
 from trainer.run import prepare_run, train
 
 UPDATES = 20  # between one change and the next
-TOLERANCE = {"fp32": 1e-5, "bf16": 3e-4}  # relative, of the loss
+TOLERANCE = 1e-5  # relative, of the loss
+FIRST_IN_BF16 = 3e-4  # of the first update after a change
+FIRST_OF_ZERO_3 = 1e-3  # whose linear layers, DeepSpeed's own, round before they add the bias
+ROUNDING = 3.0  # in bf16 the losses may be so many times as far off, RMS, as those of other micro batches are
 THERE_AND_BACK = ((1, 2), (1, 1), (1, 2), (2, 2), (2, 1), (2, 2), (3, 2), (3, 1), (3, 2), (2, 2), (1, 2))
 
 Link = tuple[int, int]  # ZeRO stage, ranks
@@ -32,10 +39,14 @@ def run(scratch: Scratch) -> Score:
     require_deepspeed()
     links = chain(scratch.wishes.seed, scratch.wishes.faults)
     failures: list[str] = []
-    worst: dict[str, float] = {}
+    bf16 = scratch.wishes.precision == "bf16"
+    off: dict[str, list[float]] = {}
+    rounding: list[float] = []
     for number, (stage, ranks) in enumerate(links):
         told = f"{number}: ZeRO {stage} on {ranks}"
         expected = plain_losses(scratch, number, stage) if number else {}
+        if number and bf16:
+            rounding += deviations(plain_losses(scratch, number, stage, micro_batch=BATCH // 2), expected)
         link = config_of(scratch, number + 1, zero={"stage": stage}, launcher={"workers": ranks})
         scratch.train(link)
         _, manifest = newest_manifest(link)
@@ -44,10 +55,14 @@ def run(scratch: Scratch) -> Score:
         if number:
             if missing := updates_of(number) - expected.keys():
                 failures.append(f"{told}: the reference has no finite loss at {sorted(missing)}")
-            worst[told] = deviation(losses(link), expected)
-            scratch.tell(f"{told} ranks: loss within {worst[told]:.1e}")
-            if not worst[told] <= TOLERANCE[scratch.wishes.precision]:
-                failures.append(f"{told}: the loss is {worst[told]:.1e} off")
+            off[told] = deviations(losses(link), expected)
+            checked, bound = judged(off[told], stage, bf16)
+            scratch.tell(f"{told} ranks: loss within {checked:.1e}, {max(off[told]):.1e} over {UPDATES} updates")
+            if not checked <= bound:
+                failures.append(f"{told}: the loss is {checked:.1e} off")
+    every_update = rms(list(itertools.chain.from_iterable(off.values())))
+    if bf16 and not every_update <= ROUNDING * rms(rounding):
+        failures.append(f"losses are {every_update:.1e} off, RMS, where rounding makes {rms(rounding):.1e}")
     resumed = [line["images"] for line in resumes(link)]
     if resumed != [UPDATES * BATCH * number for number in range(1, len(links))]:
         failures.append(f"resumed at {resumed}")
@@ -60,9 +75,13 @@ def run(scratch: Scratch) -> Score:
         "batches_with_other_samples": wrong,
         "precision": scratch.wishes.precision,
         "updates_after_each_change": UPDATES,
-        "worst_relative_loss": in_json(max(worst.values())),
-        "by_link": {name: in_json(off) for name, off in worst.items()},
+        "worst_relative_loss": in_json(max(map(max, off.values()))),
+        "by_link": {name: in_json(max(values)) for name, values in off.items()},
     }
+    if bf16:
+        figures["worst_first_update"] = in_json(max(values[0] for values in off.values()))
+        figures["rms"] = in_json(every_update)
+        figures["rms_of_other_micro_batches"] = in_json(rms(rounding))
     return Score(len(resumed), figures, failures)
 
 
@@ -81,7 +100,7 @@ def config_of(scratch: Scratch, links: int, **changes: Any) -> TrainConfig:
     return scratch.config("chained", **settings, **changes)
 
 
-def plain_losses(scratch: Scratch, number: int, stage: int) -> dict[int, float]:
+def plain_losses(scratch: Scratch, number: int, stage: int, **changes: Any) -> dict[int, float]:
     """images -> loss of what the chain's newest checkpoint becomes in the plain engine on one rank. Runs that differ by
     rounding alone drift apart for ever, so each link has a reference of its own.
 
@@ -91,7 +110,7 @@ def plain_losses(scratch: Scratch, number: int, stage: int) -> dict[int, float]:
     # The same run in another place: a store with another run's checkpoint is refused.
     folder = scratch.folder / "plain"
     elsewhere = {"store": str(folder / "run"), "tracking": {"uri": str(folder / "tracking")}}
-    plain = config_of(scratch, number + 1, **elsewhere)
+    plain = config_of(scratch, number + 1, **elsewhere, **changes)
     name, _ = newest_manifest(config_of(scratch, number))
     shutil.copytree(scratch.store_folder(config_of(scratch, number)) / name.folder, folder / "run" / name.folder)
     if scratch.wishes.precision == "bf16" and stage:
@@ -119,10 +138,21 @@ def updates_of(number: int) -> set[int]:
     return set(range(begin + BATCH, begin + UPDATES * BATCH + 1, BATCH))
 
 
-def deviation(found: dict[int, float], expected: dict[int, float]) -> float:
-    """The largest relative difference; infinite where an expected loss was not found, as one that is no number never
+def deviations(found: dict[int, float], expected: dict[int, float]) -> list[float]:
+    """The relative differences by update; infinite where an expected loss was not found, as one that is no number never
     is, and where none is expected."""
-    return max((abs(found.get(at, math.inf) / loss - 1) for at, loss in expected.items()), default=math.inf)
+    return [abs(found.get(at, math.inf) / expected[at] - 1) for at in sorted(expected)] or [math.inf]
+
+
+def judged(off: list[float], stage: int, bf16: bool) -> tuple[float, float]:
+    """(the difference that has a bound after a change to that stage, the bound)."""
+    if not bf16:
+        return max(off), TOLERANCE
+    return off[0], FIRST_OF_ZERO_3 if stage == 3 else FIRST_IN_BF16
+
+
+def rms(values: list[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values))
 
 
 def in_json(figure: float) -> float | None:

@@ -86,9 +86,9 @@ def test_a_start_that_trained_and_told_of_no_resume_fails_r1(monkeypatch: pytest
 
 
 def test_losses_that_are_missing_count_as_infinitely_far_off() -> None:
-    assert zero_chain.deviation({16: 1.0, 32: 1.1}, {16: 1.0, 32: 1.0}) == pytest.approx(0.1)
-    assert zero_chain.deviation({16: 1.0}, {16: 1.0, 32: 1.0}) == math.inf
-    assert zero_chain.deviation({16: 1.0}, {}) == math.inf
+    assert zero_chain.deviations({16: 1.0, 32: 1.1}, {16: 1.0, 32: 1.0}) == pytest.approx([0.0, 0.1])
+    assert zero_chain.deviations({16: 1.0}, {16: 1.0, 32: 1.0}) == [0.0, math.inf]
+    assert zero_chain.deviations({16: 1.0}, {}) == [math.inf]
 
 
 def test_a_script_of_faults_that_breaks_ends_the_run_and_fails_the_drill(monkeypatch: pytest.MonkeyPatch) -> None:
