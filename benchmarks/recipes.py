@@ -58,8 +58,8 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "inpaint-base": ("small-base-inpaint", 10240, {"parent": "base"}),
     "upsampler": ("small-upsampler", 4096, {}),
     "inpaint-upsampler": ("small-upsampler-inpaint", 2048, {"parent": "upsampler"}),
-    "clip": ("small-noised-clip", 81920, {}),
-    "clip-2": ("small-noised-clip", 81920, {"seed": 1}),
+    "clip": ("small-noised-clip", 61440, {}),
+    "clip-2": ("small-noised-clip", 61440, {"seed": 1}),
 }
 
 

@@ -62,12 +62,13 @@ def read_grids(grids: Sequence[Document], histories: Sequence[RunHistory]) -> di
 
 
 def panels(document: Document) -> list[tuple[str, str, str]]:
-    """(metric, axis, its label) of each panel: of every metric one over images and, if any run has it, GPU-hours."""
+    """(metric, axis, its label) of each panel: of every metric one over images and, if any run has it, GPU-hours. A
+    metric with a single point in every run, as evaluations of one checkpoint are, stands in the table alone."""
     return [
         (name, axis, label)
         for name, curves in document["curves"].items()
         for axis, label in AXES
-        if any(curve and curve[axis] for curve in curves)
+        if any(curve and len(curve[axis] or ()) > 1 for curve in curves)
     ]
 
 

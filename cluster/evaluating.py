@@ -53,6 +53,7 @@ from trainer.evaluation.feature_networks import (
 )
 from trainer.evaluation.figures import (
     COMPARING,
+    FIGURES_VERSION,
     aesthetic_figures,
     figures_of,
     metrics_of,
@@ -100,7 +101,7 @@ class Parts:
         counts = [point.images, point.reference_images]
         probe = point.probe and [point.probe.sha256, sha256_of(point.probe.ratings), point.probe.ridge]
         heldout = point.heldout and point.heldout.model_dump()
-        how = [sorted(point.metrics), point.constants.model_dump(), probe, heldout]
+        how = [FIGURES_VERSION, sorted(point.metrics), point.constants.model_dump(), probe, heldout]
         return digest_of([self.pictures_digest(point), networks, counts, *how])
 
     def folder(self, point: EvaluateConfig) -> str:
@@ -324,7 +325,7 @@ def store_sweep(parts: Parts, results: Sequence[Document]) -> dict[str, str]:
     document = {"format": FORMAT, "checkpoint": parts.base.uri, "points": rows}
     parts.store.put(f"{key}.json", [manifests.seal(document)])
     where = {"sweep": f"{parts.store.uri}/{key}.json"}
-    if curves := curves_png(rows, parts.base.uri):
+    if curves := curves_png(rows, f"{parts.base.manifest.run}, {parts.base.manifest.position:,} images"):
         parts.store.put(f"{key}.png", [curves])
         where["curves"] = f"{parts.store.uri}/{key}.png"
     return where

@@ -4,6 +4,7 @@ Always holds: a panel is drawn for each pair of figures that the sweep has, a li
 each guidance scale, named beside it. Called by evaluation.
 
 Sources: Nichol et al. 2021 (GLIDE), figure 5: precision and recall, Inception Score and FID, CLIP score and FID.
+The last panel is ours: guided pictures may score lower with every caption, and yet better with their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ PAIRS = (  # x, y
     ("recall", "precision", "Recall", "Precision"),
     ("inception_score", "fid", "Inception Score", "FID"),
     ("clip_score", "fid", "CLIP score (cosine)", "FID"),
+    ("clip_score_margin", "fid", "CLIP score above shuffled captions", "FID"),
 )
 COLOURS = ("#2456a6", "#b3382c", "#2a7f62", "#6a4c93", "#c98a1b", "#4b5563")
 NOTE_OFFSET = (5, 4)  # points, of a scale from its mark

@@ -75,8 +75,10 @@ def evaluate_in_task(values: dict[str, Any], name: str) -> dict[str, Any]:
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         next_step = "submit it again, with a smaller batch or on larger nodes; it goes on where it stopped"
         raise UserError(name, f"to live through one of {TRIES} tries", found, next_step) from None
-    finally:
-        ray.cancel(running, force=True)  # nothing, where it is over
+    except BaseException:
+        # Only a task that is under way: Ray aborts a driver that cancels one whose reply is still being taken in.
+        ray.cancel(running, force=True)
+        raise
     return document
 
 

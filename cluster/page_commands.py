@@ -5,6 +5,7 @@ Always holds: what cli.py, which adds it, says of every command; the pages are o
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def page(
     from cluster.pages.app import make_app
     from cluster.pages.serving import serve
 
-    pages = {}
+    pages, closing = {}, ExitStack()
     if study:
         from cluster.judging.study import open_study
         from cluster.pages.judging import judging_routes
@@ -50,11 +51,14 @@ def page(
         from cluster.pages.desk import Desk, named_models
         from cluster.pages.sampling import sampling_routes
 
-        pages["sample"] = sampling_routes(Desk(named_models(checkpoint), upsampler, weights, device))
+        desk = Desk(named_models(checkpoint), upsampler, weights, device)
+        closing.callback(desk.close)
+        pages["sample"] = sampling_routes(desk)
 
     def ready(address: str) -> None:
         say(f"{address} (this machine only; Ctrl-C ends it)")
         if as_json:
             show({"address": address, "pages": list(pages)}, True)
 
-    serve(make_app(pages), port, ready)
+    with closing:
+        serve(make_app(pages), port, ready)

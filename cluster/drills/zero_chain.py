@@ -27,7 +27,7 @@ from trainer.run import prepare_run, train
 UPDATES = 20  # between one change and the next
 TOLERANCE = 1e-5  # relative, of the loss
 FIRST_IN_BF16 = 3e-4  # of the first update after a change
-FIRST_OF_ZERO_3 = 1e-3  # whose linear layers, DeepSpeed's own, round before they add the bias
+FIRST_OF_ZERO_3 = 3e-3  # whose linear layers, DeepSpeed's own, round before they add the bias
 ROUNDING = 3.0  # in bf16 the losses may be so many times as far off, RMS, as those of other micro batches are
 THERE_AND_BACK = ((1, 2), (1, 1), (1, 2), (2, 2), (2, 1), (2, 2), (3, 2), (3, 1), (3, 2), (2, 2), (1, 2))
 

@@ -30,6 +30,7 @@ from trainer.weights import Trained
 log = logging.getLogger(__name__)
 
 WAITING = 8  # jobs behind the one that is drawn
+LOOK_S = 0.5  # how soon a desk without jobs sees that it is closed
 KEPT = 50  # jobs that the page lists; their files stay
 State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 
@@ -89,7 +90,9 @@ class Desk:
         self._waiting: queue.Queue[Job] = queue.Queue(WAITING)
         for uri in self.models.values():
             parse(DrawSettings, {"checkpoint": uri, **self._common}, "page")
-        threading.Thread(target=self._draw_all, name="sampling-page", daemon=True).start()
+        self._closed = threading.Event()
+        self._drawing = threading.Thread(target=self._draw_all, name="sampling-page", daemon=True)
+        self._drawing.start()
 
     def jobs(self) -> list[Job]:
         """Newest first."""
@@ -116,6 +119,12 @@ class Desk:
         """It ends at its next sampling step, or is not begun."""
         job.cancelled = True
 
+    def close(self) -> None:
+        """Nothing is drawn any more; returns once the sampling step under way has ended. A process that ends while its
+        thread is inside torch is aborted by the C++ runtime."""
+        self._closed.set()
+        self._drawing.join()
+
     def _settings(self, wish: Wish, folder: Path) -> DrawSettings:
         """What to draw; the given files lie in the folder then. Raises UserError."""
         if not wish.prompt.strip():
@@ -134,8 +143,11 @@ class Desk:
         return parse(DrawSettings, values, "settings")
 
     def _draw_all(self) -> None:
-        while True:
-            job = self._waiting.get()
+        while not self._closed.is_set():
+            try:
+                job = self._waiting.get(timeout=LOOK_S)
+            except queue.Empty:
+                continue
             try:
                 self._draw(job)
                 job.state = "done"
@@ -150,7 +162,7 @@ class Desk:
 
     def _draw(self, job: Job) -> None:
         def progress(done: int, total: int, note: str) -> None:
-            if job.cancelled:
+            if job.cancelled or self._closed.is_set():
                 raise Cancelled
             job.done, job.steps, job.note = done, total, note.partition(" of ")[0]
 

@@ -213,6 +213,18 @@ def test_the_last_of_an_odd_number_of_panels_has_nothing_beside_it() -> None:
     assert right.getextrema() == (255, 255)
 
 
+def test_a_metric_with_one_point_in_every_run_is_in_the_table_and_is_not_drawn() -> None:
+    runs = [run(name, 10, 40, 1.0) for name in ("a", "b")]
+    for number, one in enumerate(runs):
+        one.curves["evaluation/fid/x (8 of ab)"] = {400: 7.0 + number}
+    document = compare(runs, ["loss/total", "evaluation/fid/x (8 of ab)"], 0, None)
+    assert {name for name, _, _ in panels(document)} == {"loss/total"}
+    assert document["equal_images"]["evaluation/fid/x (8 of ab)"]["values"] == [7.0, 8.0]
+    runs[0].curves["evaluation/fid/x (8 of ab)"][80] = 9.0
+    document = compare(runs, ["loss/total", "evaluation/fid/x (8 of ab)"], 0, None)
+    assert len({name for name, _, _ in panels(document)}) == 2
+
+
 def test_the_page_and_the_picture_hold_everything_and_load_nothing() -> None:
     found = grids(32) + grids(32, weights="raw")
     evil = "<script>alert(1)</script>"

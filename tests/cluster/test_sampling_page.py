@@ -19,7 +19,7 @@ from support import wait_for
 import cluster.pages.desk
 from cluster.drawing import DrawSettings, draw_to_folder
 from cluster.pages.app import LARGEST_BODY
-from cluster.pages.desk import WAITING, Desk, named_models
+from cluster.pages.desk import WAITING, Desk, Wish, named_models
 from cluster.pages.sampling import sampling_routes
 from data_pipeline.config import parse
 from data_pipeline.errors import UserError
@@ -155,6 +155,27 @@ def test_jobs_wait_for_each_other_are_cancelled_and_are_not_taken_without_end(
     wait_for(lambda: states()[-1] == "done")
     assert states() == ["cancelled", "cancelled", "failed", *["done"] * (WAITING - 2)]
     assert ask(f"{jobs}/{waiting[1]['id']}")["error"] == "ZeroDivisionError: a defect of ours"
+
+
+def test_a_desk_that_is_closed_ends_what_it_draws_and_begins_nothing_more(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, began, goes_on = Desk({"base": models["base"]}, None, "ema", "cpu"), threading.Event(), threading.Event()
+
+    def slow(settings: Any, prompts: Any, folder: Any, progress: Callable[[int, int, str], None], *_: Any) -> Any:
+        began.set()
+        assert goes_on.wait(60)
+        progress(1, 2, "base of pictures 1 to 1")
+
+    monkeypatch.setattr(cluster.pages.desk, "draw_to_folder", slow)
+    first, second = (desk.ask(Wish(model="base", prompt=PROMPT, steps="ddim3")) for _ in range(2))
+    assert began.wait(60)
+    closing = threading.Thread(target=desk.close)
+    closing.start()
+    wait_for(desk._closed.is_set)
+    goes_on.set()
+    closing.join(60)
+    assert not closing.is_alive() and (first.state, second.state) == ("cancelled", "waiting")
 
 
 def test_a_page_is_not_started_with_what_is_no_model(models: dict[str, str]) -> None:

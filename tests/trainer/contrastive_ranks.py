@@ -51,6 +51,8 @@ def main() -> None:
     group = open_group(rank, world_size, f"file://{folder}/rendezvous")
     results = {str(stage): check(group, zero={"stage": stage}) for stage in (0, 1, 2, 3)}
     results["3 with checkpointing"] = check(group, zero={"stage": 3}, activation_checkpointing=True)
+    for stage in (0, 2, 3):
+        results[f"{stage} locked"] = check(group, zero={"stage": stage}, lock_image=True, weight_decay=0.0)
     results["2 in bf16"] = check(group, zero={"stage": 2}, precision="bf16")
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(results))

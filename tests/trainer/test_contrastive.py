@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_pipeline.errors import UserError
+from data_pipeline.draws import Draws
+from data_pipeline.errors import UsageError, UserError
 from data_pipeline.shards import open_dataset
 from trainer.engine.group import Group
 from trainer.engine.replicated import ReplicatedEngine
@@ -27,7 +29,7 @@ from trainer.recipes.recipe import seed_dropout
 from trainer.step import train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
-from contrastive_case import MODEL, config_of, share_of, trainee_of
+from contrastive_case import MODEL, config_of, rows_at, share_of, trainee_of
 
 WORLD_SIZE = 2
 
@@ -141,6 +143,38 @@ def test_training_falls_below_chance_and_retrieves_what_it_was_shown(one_thread:
     assert shuffled["image_to_text"] < 0.3
 
 
+def test_a_locked_image_tower_keeps_all_but_its_projection_and_the_captions_tower_learns(one_thread: None) -> None:
+    model = MODEL | {"image_init": "colour", "text_layers": 0}
+    config = config_of(lock_image=True, weight_decay=0.0, dropout=0.5, lr=3e-3, adam_eps=1e-8, model=model)
+    trainee = trainee_of(config, Group())
+    module = trainee.engines["clip"].module
+    before = {name: values.clone() for name, values in module.state_dict().items()}
+    figures = [train_step(trainee, share_of(config, trainee.recipe, Group(), 0), 0) for _ in range(20)]
+    changed = {name for name, values in module.state_dict().items() if not torch.equal(values, before[name])}
+    projection = {f"image_encoder.blocks.output.{name}" for name in ("ln.g", "ln.b", "f.w")}
+    assert changed == projection | {name for name in before if name.startswith("text_encoder.")}
+    assert float(figures[-1]["loss/total"]) < 0.5 * float(figures[0]["loss/total"])
+    picture = torch.zeros(1, 3, 8, 8, requires_grad=True)  # guidance still has its gradient
+    clip = cast(NoisedClip, module).eval()
+    clip.encode_image(picture, torch.zeros(1, dtype=torch.int64)).sum().backward()
+    assert picture.grad is not None and float(picture.grad.abs().sum()) > 0
+    with pytest.raises(UsageError, match="weight_decay 0 with lock_image"):
+        config_of(lock_image=True, weight_decay=0.1)
+
+
+def test_logit_normal_timesteps_have_its_quantiles_and_are_for_training_only() -> None:
+    config = config_of(logit_normal=[-2.5, 1.0], model=MODEL | {"timesteps": 1000}, diffusion={"steps": 1000})
+    draws, rows = Draws(0, np.arange(2000)), rows_at(np.arange(2000))
+    found = NoisedClipRecipe(config).prepare(rows, draws)["timesteps"].double()  # type: ignore[arg-type]
+    quantiles = torch.quantile(found, torch.tensor([0.16, 0.5, 0.84], dtype=torch.float64))
+    expected = 1000 * torch.sigmoid(torch.tensor([-3.5, -2.5, -1.5], dtype=torch.float64))
+    torch.testing.assert_close(quantiles, expected, rtol=0.1, atol=1.0)
+    extreme = config_of(logit_normal=[50.0, 1.0])
+    assert NoisedClipRecipe(extreme).prepare(rows, draws)["timesteps"].unique().tolist() == [19]  # type: ignore[arg-type]
+    even = NoisedClipRecipe(config.for_evaluation()).prepare(rows, draws)["timesteps"].double()  # type: ignore[arg-type]
+    assert float(even.mean()) == pytest.approx(500, abs=25)
+
+
 def test_heldout_retrieval_counts_a_picture_once_and_can_take_the_mean_of_its_captions(
     dataset_uri: str, one_thread: None
 ) -> None:
@@ -187,12 +221,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dict(json.loads((folder / "results.json").read_text()))
 
 
-@pytest.mark.parametrize("case", ["0", "1", "2", "3", "3 with checkpointing"])
+@pytest.mark.parametrize("case", ["0", "1", "2", "3", "3 with checkpointing", "0 locked", "2 locked", "3 locked"])
 def test_two_ranks_with_uneven_shares_train_as_plain_torch_does_at_every_zero_stage(
     ranks: dict[str, Any], case: str
 ) -> None:
     found = ranks[case]
-    assert found["engine"] == ("ReplicatedEngine" if case == "0" else "DeepSpeedEngine")
+    assert found["engine"] == ("ReplicatedEngine" if case.startswith("0") else "DeepSpeedEngine")
     assert found["loss"] == pytest.approx(found["plain loss"], rel=1e-5)
     assert found["norm"] == pytest.approx(found["plain norm"], rel=1e-4)
     assert found["largest difference of a weight"] < 1e-5

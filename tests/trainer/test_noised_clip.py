@@ -14,7 +14,7 @@ from torch import Tensor
 from data_pipeline import clip_tokenizer
 from data_pipeline.clip_tokenizer import END_TOKEN, START_TOKEN, clip_tokens
 from data_pipeline.errors import UserError
-from trainer.models.noised_clip import CHANNEL_DEVIATIONS, CHANNEL_MEANS, NoisedClip, NoisedClipConfig
+from trainer.models.noised_clip import CHANNEL_DEVIATIONS, CHANNEL_MEANS, NoisedClip, NoisedClipConfig, made_up_pictures
 
 SMALL = NoisedClipConfig(
     image_size=16,
@@ -92,6 +92,34 @@ def test_weights_have_the_names_of_the_released_files() -> None:
     expected = {f"image_encoder.blocks.{name}" for name in image}
     expected |= {f"text_encoder.blocks.{name}" for name in encoder | {"input.w_voc"}}
     assert names == expected
+
+
+def test_a_captions_tower_without_layers_reads_a_bag_of_words() -> None:
+    torch.manual_seed(0)
+    clip = NoisedClip(SMALL.model_copy(update={"text_layers": 0}))
+    clip.get_parameter("text_encoder.blocks.input.w_pos").data.zero_()
+    tokens, lengths = clip_tokens(["red dog runs", "runs red dog", "red dog sleeps"], SMALL.text_context)
+    found = clip.encode_text(torch.from_numpy(tokens.astype("int64")), torch.from_numpy(lengths))
+    torch.testing.assert_close(found[0], found[1])
+    assert float((found[0] - found[2]).detach().abs().max()) > 0.01
+    padded = torch.from_numpy(tokens.astype("int64")).masked_fill(torch.from_numpy(tokens == 0), 7)
+    torch.testing.assert_close(clip.encode_text(padded, torch.from_numpy(lengths)), found)
+
+
+def test_an_image_tower_that_begins_with_colours_tells_them_better_than_clips_beginning() -> None:
+    """Blue and yellow pictures of equal light, as directions; and features centred on pictures it has not met."""
+    light, blue = torch.rand(40, 1, 16, 16) - 0.5, torch.tensor([-0.15, -0.15, 0.3])[None, :, None, None]
+    pictures = torch.cat([light + blue, light - blue])
+    apart = {}
+    for init in ("clip", "colour"):
+        torch.manual_seed(1)
+        clip = NoisedClip(SMALL.model_copy(update={"image_init": init, "image_layers": 2}))
+        with torch.no_grad():
+            features = F.normalize(clip.encode_image(pictures, torch.zeros(80, dtype=torch.int64)), dim=1)
+            others = clip.encode_image(made_up_pictures(200, 16), torch.zeros(200, dtype=torch.int64))
+        apart[init] = float((features[:40] * features[40:]).sum(dim=1).mean())
+        assert (float(others.mean(dim=0).norm() / others.std(dim=0).norm()) < 0.5) == (init == "colour")
+    assert apart["colour"] < 0 < 0.5 < apart["clip"]
 
 
 class Plain:

@@ -243,10 +243,10 @@ class NoisedClipNetwork:
             return np.asarray(self._model.encode_text(inputs["tokens"], inputs["lengths"]).cpu().numpy())
 
 
-def cosines(a: Float32, b: Float32) -> NDArray[np.float64]:
-    """Of rows [n, D] with rows [n, D]: float64 [n] in [-1, 1]."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    return np.asarray((x * y).sum(axis=1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)))
+def unit_rows(features: Float32) -> NDArray[np.float64]:
+    """Rows [n, D] at length 1, in float64: the product of two is their cosine."""
+    rows = features.astype(np.float64)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def _by_tf1(pictures: Sequence[Pixels] | Pixels, side: int) -> Float32:

@@ -38,7 +38,7 @@ from trainer.evaluation.feature_networks import (
     InceptionNetwork,
     Kind,
     NoisedClipNetwork,
-    cosines,
+    unit_rows,
 )
 from trainer.evaluation.linear_probe import ProbeSettings, aesthetic_scores, fit_probe
 from trainer.evaluation.reference import BLOCK
@@ -58,6 +58,8 @@ TAKEN_BY: dict[Metric, tuple[Kind, ...]] = {  # all others by every kind
     "clip_score": ("clip", "noised-clip"),
     "aesthetic": ("clip", "noised-clip"),
 }
+# What the names mean; a stored result of another version is not read. 2: clip_score_shuffled is of all pairs.
+FIGURES_VERSION = 2
 INTERVAL = 1.96  # standard errors on each side of a mean: 95%
 
 
@@ -117,20 +119,6 @@ def with_captions(network: FeatureNetwork, drawn: Taken, captions: Sequence[str]
     return replace(drawn, captions=np.concatenate(found))
 
 
-def other_captions(captions: Sequence[str]) -> NDArray[np.int64]:
-    """For each picture the number of the next one whose caption says something else, [n]; its own where none does."""
-    count = len(captions)
-    following = np.arange(count, dtype=np.int64)
-    nearest = None  # the next row with another caption than the row after which it stands
-    for number in reversed(range(2 * count)):
-        here, after = number % count, (number + 1) % count
-        if captions[after] != captions[here]:
-            nearest = after
-        if nearest is not None:
-            following[here] = nearest
-    return following
-
-
 def figures_of(
     network: FeatureNetwork,
     drawn: Taken,
@@ -159,8 +147,7 @@ def figures_of(
     if drawn.captions is not None:
         for features in (drawn.features, drawn.captions):
             checked(features, "clip_score", least=1)
-        others = drawn.captions[other_captions(captions)]
-        found |= clip_scores(cosines(drawn.features, drawn.captions), cosines(drawn.features, others))
+        found |= clip_scores(drawn.features, drawn.captions, captions)
     name = network.identity.name
     return {f"{metric}/{name}": value for metric, value in found.items()}, [line for line in lines if line]
 
@@ -179,17 +166,32 @@ def aesthetic_figures(
     return {f"aesthetic/{name}": score, f"aesthetic_correlation/{name}": probe.correlation}
 
 
-def clip_scores(right: NDArray[np.float64], shuffled: NDArray[np.float64]) -> dict[str, float]:
-    """Of cosines [n] of the same pictures with their captions and with others': the two means, and the mean
-    difference with its 95% interval, which is absent for a single picture."""
-    margin = right - shuffled
-    found = {
-        "clip_score": float(right.mean()),
-        "clip_score_shuffled": float(shuffled.mean()),
-        "clip_score_margin": float(margin.mean()),
-    }
-    if len(margin) > 1:
-        reach = INTERVAL * float(margin.std(ddof=1)) / len(margin) ** 0.5
-        found["clip_score_margin_low"] = found["clip_score_margin"] - reach
-        found["clip_score_margin_high"] = found["clip_score_margin"] + reach
-    return found
+def clip_scores(pictures: Float32, texts: Float32, captions: Sequence[str]) -> dict[str, float]:
+    """Of features [n, D] of pictures and [n, D] of their captions: the mean cosine of a picture with its caption
+    (`clip_score`), with the others' captions that say something else, averaged over all of them (`_shuffled`: what
+    chance gives), and the difference (`_margin`) with its 95% interval. Where all captions are alike, the first alone.
+
+    The difference is a U-statistic of the pairs, its standard error that of its projection: own cosine less the means
+    of the picture's and of the caption's row, in which pictures and captions that score high with anything cancel.
+    Source: Hoeffding 1948, "A class of statistics with asymptotically normal distribution", section 7.
+    """
+    x_ND, y_ND = unit_rows(pictures), unit_rows(texts)
+    own = (x_ND * y_ND).sum(axis=1)
+    found = {"clip_score": float(own.mean())}
+    _, says, counts = np.unique(np.array(captions), return_inverse=True, return_counts=True)
+    others = len(captions) - counts[says]  # captions that say something else, of each row
+    if not others.all():
+        return found
+    of_picture = (x_ND * _sum_of_others(y_ND, says)).sum(axis=1) / others
+    of_caption = (y_ND * _sum_of_others(x_ND, says)).sum(axis=1) / others
+    shuffled, margin = float(of_picture.mean()), float((own - of_picture).mean())
+    reach = INTERVAL * float((own - of_picture - of_caption).std(ddof=1)) / len(own) ** 0.5
+    found |= {"clip_score_shuffled": shuffled, "clip_score_margin": margin}
+    return found | {"clip_score_margin_low": margin - reach, "clip_score_margin_high": margin + reach}
+
+
+def _sum_of_others(rows_ND: NDArray[np.float64], says: NDArray[np.int64]) -> NDArray[np.float64]:
+    """For each row the sum of the rows whose caption says something else. `says`: the number of each row's caption."""
+    sums = np.zeros((says.max() + 1, rows_ND.shape[1]))
+    np.add.at(sums, says, rows_ND)
+    return np.asarray(rows_ND.sum(axis=0) - sums[says])

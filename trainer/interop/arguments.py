@@ -223,10 +223,12 @@ def glide_arguments(model: GlideModelConfig, dropout: float, schedule: str, step
 
 
 def clip_arguments(model: NoisedClipConfig, logit_scale: float, schedule: str) -> dict[str, Any]:
-    """The public code's config.yaml for one of our noised CLIPs. Raises ValueError for a schedule it has not."""
+    """The public code's config.yaml for one of our noised CLIPs. Raises ValueError for what it has not."""
     theirs_of = {ours: theirs for theirs, ours in SCHEDULES.items()}
     if schedule not in theirs_of:
         raise ValueError(f"diffusion.schedule is {schedule}, and the public code has only {', '.join(theirs_of)}")
+    if model.text_layers == 0:
+        raise ValueError("model.text_layers is 0, and the public code reads captions with a transformer")
     return {
         "logit_scale": logit_scale,
         "beta_schedule": theirs_of[schedule],

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +32,13 @@ from trainer.models.layers import expect_shape
 CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)
 CHANNEL_DEVIATIONS = (68.50053285, 66.63215831, 70.32316309)
 
+# Light, red against blue, green against both: about the principal components of the colours of natural pictures
+# (Buchsbaum & Gottschalk 1983), here each with a factor that gives it about the deviation of the first. Without it the
+# two that hold the colour hardly show in what is drawn at random.
+OPPONENT_COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
+OPPONENT_GAINS = (0.5, 2.0, 4.0)
+MADE_UP = 256  # pictures
+
 
 class NoisedClipConfig(Settings):
     """The size of a noised CLIP. The defaults are the release's ViT-B/4."""
@@ -41,7 +49,8 @@ class NoisedClipConfig(Settings):
     """Width of the features that image and caption share."""
     image_layers: PositiveInt = 12
     image_heads: PositiveInt = 12
-    text_layers: PositiveInt = 12
+    text_layers: NonNegativeInt = 12
+    """Blocks of the caption's transformer. 0: none, the feature is read at the mean of its tokens: a bag of words."""
     text_heads: PositiveInt = 8
     image_head_channels: PositiveInt = 64
     text_head_channels: PositiveInt = 64
@@ -51,6 +60,9 @@ class NoisedClipConfig(Settings):
     """Rows of the token embedding: the release has 65536, of which the tokenizer uses the first 49408."""
     timesteps: PositiveInt = 1000
     """Timesteps of the diffusion process; each has a class token of its own."""
+    image_init: Literal["clip", "colour"] = "clip"
+    """How the image tower begins. colour: as random features that tell colours, for one that stays locked: patches in
+    opponent colours of like size, positions and timesteps all alike, each feature of mean 0 and deviation 1."""
 
     @property
     def image_width(self) -> int:
@@ -71,13 +83,13 @@ class NoisedClip(nn.Module):
     """Features of noised images and of captions; their cosine says how well they fit.
 
     `dropout` is the probability on every residual branch, a training setting and therefore not part of the size; the
-    release has none.
+    release has none. `lock_image`: in training no gradient reaches the image encoder but its last projection.
     """
 
-    def __init__(self, config: NoisedClipConfig, dropout: float = 0.0) -> None:
+    def __init__(self, config: NoisedClipConfig, dropout: float = 0.0, lock_image: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = ImageEncoder(config, dropout)
+        self.image_encoder = ImageEncoder(config, 0.0 if lock_image else dropout, lock_image)
         self.text_encoder = TextEncoder(config, dropout)
 
     @property
@@ -222,6 +234,16 @@ class ImageEmbedding(nn.Module):
         nn.init.normal_(self.patch_proj, std=math.sqrt(2 / width) / config.patch_size)
         nn.init.normal_(self.w_pos, std=width**-0.5)
         nn.init.normal_(self.w_t, std=width**-0.5)
+        if config.image_init == "colour":
+            self._begin_with_colours()
+
+    @torch.no_grad()
+    def _begin_with_colours(self) -> None:
+        opponents_33 = F.normalize(self.patch_proj.new_tensor(OPPONENT_COLOURS), dim=1)
+        gains_31 = self.patch_proj.new_tensor(OPPONENT_GAINS)[:, None]
+        self.patch_proj.copy_(torch.einsum("dcij,ce->deij", self.patch_proj, gains_31 * opponents_33))
+        self.w_pos[1:] = self.w_pos[1].clone()
+        self.w_t[:] = self.w_t[0].clone()
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
         # Channel by channel with numbers: a tensor of them would be copied to the device in every pass.
@@ -259,11 +281,21 @@ class FeatureExtractor(nn.Module):
         return self.f(self.ln(x_BD)).float()
 
 
+def made_up_pictures(count: int, size: int) -> Tensor:
+    """Random pictures [count, 3, size, size] in [-1, 1] with a natural one's spectrum (amplitude ~ 1/frequency: Field
+    1987) and colours."""
+    octaves = [torch.randn(count, 3, side, side) for side in (1, 2, 4, 8, 16, 32) if side <= size]
+    sums_BCHW = torch.stack([F.interpolate(octave, (size, size), mode="bilinear") for octave in octaves]).sum(dim=0)
+    colours_33 = F.normalize(torch.tensor(OPPONENT_COLOURS), dim=1) / torch.tensor(OPPONENT_GAINS)[:, None]
+    return torch.einsum("bchw,cd->bdhw", sums_BCHW, 0.175 * colours_33).clamp(-1, 1)
+
+
 class ImageEncoder(nn.Module):
     """Every patch attends to every other; the feature is read at the class token."""
 
-    def __init__(self, config: NoisedClipConfig, dropout: float) -> None:
+    def __init__(self, config: NoisedClipConfig, dropout: float, locked: bool = False) -> None:
         super().__init__()
+        self.locked = locked
         width, layers = config.image_width, config.image_layers
         self.activation_checkpointing = False
         self.blocks = _blocks(
@@ -271,14 +303,30 @@ class ImageEncoder(nn.Module):
             [Block(width, config.image_heads, layers, causal=False, dropout=dropout) for _ in range(layers)],
             FeatureExtractor(width, config.embedding),
         )
+        if config.image_init == "colour":
+            self._standardise(made_up_pictures(MADE_UP, config.image_size))
+
+    @torch.no_grad()
+    def _standardise(self, pictures_BCHW: Tensor) -> None:
+        """Let each feature begin with mean 0 and deviation 1 over pictures (Krähenbühl et al. 2016): what all pictures
+        have in common would otherwise be most of it, and be unlearned slowly."""
+        timesteps_B = torch.zeros(len(pictures_BCHW), dtype=torch.int64)
+        extractor = self.blocks["output"]
+        assert isinstance(extractor, FeatureExtractor)
+        norm = extractor.ln
+        features_BD = norm(_run(self, self.blocks["input"](pictures_BCHW, timesteps_B))[:, 0])
+        norm.g.div_(features_BD.std(dim=0))
+        norm.b.sub_(features_BD.mean(dim=0) * norm.g)
 
     def forward(self, x_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-        x_BLD = self.blocks["input"](x_BCHW, timesteps_B)
-        return self.blocks["output"](_run(self, x_BLD)[:, 0])
+        # In training only: guidance asks a trained one for the gradient of its picture.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.locked and self.training)):
+            x_BD = _run(self, self.blocks["input"](x_BCHW, timesteps_B))[:, 0]
+        return self.blocks["output"](x_BD)
 
 
 class TextEncoder(nn.Module):
-    """A token attends to those before it; the feature is read at the end token."""
+    """A token attends to those before it; the feature is read at the end token. Without layers: at their mean."""
 
     def __init__(self, config: NoisedClipConfig, dropout: float) -> None:
         super().__init__()
@@ -292,6 +340,9 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens_BL: Tensor, lengths_B: Tensor) -> Tensor:
         x_BLD = _run(self, self.blocks["input"](tokens_BL))
+        if len(self.blocks) == 2:  # no transformer blocks
+            inside_BL1 = (torch.arange(x_BLD.shape[1], device=x_BLD.device) < lengths_B[:, None])[:, :, None]
+            return self.blocks["output"]((x_BLD * inside_BL1).sum(dim=1) / lengths_B[:, None])
         rows = torch.arange(len(lengths_B), device=lengths_B.device)
         return self.blocks["output"](x_BLD[rows, lengths_B - 1])
 

@@ -44,6 +44,12 @@ class NoisedClipTrainConfig(TrainConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0125
     logit_scale: Annotated[float, Field(gt=0)] = 100.0
     """Factor on the cosines, of training and of guidance. Fixed: the release has 100, where CLIP's learned one ends."""
+    lock_image: bool = False
+    """The image tower keeps the weights it begins with, all but its last projection, and sees no dropout: locked-image
+    tuning (LiT, Zhai et al. 2021), against learning few pictures by heart. Weight decay would move them."""
+    logit_normal: tuple[float, Annotated[float, Field(gt=0)]] | None = None
+    """Mean and deviation of logit(timestep / steps) in training (Esser et al. 2024, section 3.1); a negative mean
+    is for little noise. null: all timesteps alike."""
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more arithmetic
 
     @model_validator(mode="after")
@@ -58,9 +64,14 @@ class NoisedClipTrainConfig(TrainConfig):
             raise ValueError(f"model.timesteps of diffusion.steps {self.diffusion.steps}, found {self.model.timesteps}")
         if self.heldout and self.heldout.bits_per_dimension:
             raise ValueError("heldout.bits_per_dimension 0: a CLIP has no likelihood, found more")
+        if self.lock_image and self.weight_decay:
+            raise ValueError(f"weight_decay 0 with lock_image, found {self.weight_decay}")
         if self.samples.prompts:
             raise ValueError("no samples.prompts: a CLIP draws no pictures, its grid shows held-out rows")
         return self
+
+    def for_evaluation(self) -> NoisedClipTrainConfig:
+        return self.model_copy(update={"dropout": 0.0, "logit_normal": None})
 
 
 class NoisedClipRecipe(Recipe):
@@ -76,7 +87,7 @@ class NoisedClipRecipe(Recipe):
         return {PART: Part(self._build, start=self.config.parent, alike=ALIKE)}
 
     def _build(self) -> NoisedClip:
-        model = NoisedClip(self.config.model, self.config.dropout)
+        model = NoisedClip(self.config.model, self.config.dropout, self.config.lock_image)
         model.activation_checkpointing = self.config.activation_checkpointing
         return model
 
@@ -85,13 +96,22 @@ class NoisedClipRecipe(Recipe):
         return (Phase(PART, TERMS, self._loss, observed=("timesteps",), observe=self._by_quartile, accumulate=update),)
 
     def prepare(self, rows: Rows, draws: Draws) -> Batch:
-        size, steps = self.config.model.image_size, self.process.steps
+        size = self.config.model.image_size
         return {
             "images": reduced(rows["image64"].reshape(-1, STORED, STORED, 3), size),
             "noise": torch.from_numpy(draws.normal("noise", (3, size, size))),
-            "timesteps": torch.from_numpy((draws.uniform("timestep") * steps).astype(np.int64)),
+            "timesteps": self._timesteps(draws),
             **self.captions(rows["caption"]),
         }
+
+    def _timesteps(self, draws: Draws) -> Tensor:
+        """int64 [b] by the law of the settings."""
+        shares_b = draws.uniform("timestep")
+        if self.config.logit_normal:
+            mean, deviation = self.config.logit_normal
+            shares_b = 1 / (1 + np.exp(-mean - deviation * draws.normal("timestep", (1,))[:, 0].astype(np.float64)))
+        # Far out in its tail the logistic function rounds to 1, which is no timestep.
+        return torch.from_numpy(np.minimum(shares_b * self.process.steps, self.process.steps - 1).astype(np.int64))
 
     def captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"tokens" int64 [b, text_context], "lengths" int64 [b]}, keywords of `NoisedClip.encode_text`."""
