@@ -1,4 +1,5 @@
-"""Two runs compared, in a real browser: our page by day and by night, wide and narrow, and MLflow's own page of them.
+"""Two runs compared, in a real browser: our page by day and by night, wide and narrow, and MLflow's own pages of them,
+one of which was stopped and went on.
 
 Screenshots go to the folder in $GLIDEPATH_SCREENSHOTS, if it is set, to be looked at.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, browser
+from mlflow.tracking import MlflowClient
 
 from cluster.cli import run
 from cluster.training import train_run
@@ -40,6 +42,8 @@ def test_a_person_reads_two_compared_runs_by_day_and_by_night_and_finds_them_in_
     ids = []
     for name, changes in runs.items():
         values = train_values(name, samples=samples, heldout=heldout, checkpoint={"every_images": 1000}, **changes)
+        if name == "slow":
+            train_run(parse_train_config({**values, "images": 160}, name), lambda event: None)
         ids.append(train_run(parse_train_config(values, name), lambda event: None)["mlflow_run_id"])
     out = tmp_path / "compared.html"
     options = ["--price-per-gpu-hour", "2.5", "--html", str(out), "--png", str(out.with_suffix(".png"))]
@@ -76,8 +80,19 @@ def test_a_person_reads_two_compared_runs_by_day_and_by_night_and_finds_them_in_
         page.run("[...document.querySelectorAll('h3')].find((h) => h.innerText === 'Metrics')?.scrollIntoView()")
         keep(page, "compare-mlflow", tmp_path)
 
+        page.open("about:blank")
+        page.open(f"{stack_env.mlflow}/#/experiments/{experiment}/runs/{ids[0]}")
+        page.wait("document.body.innerText.includes('Finished')")
+        assert "from images-000000160/attempt-1" in page.text()
+        keep(page, "mlflow-restarted", tmp_path)
+        page.run("[...document.querySelectorAll('[role=tab]')].find((t) => t.innerText === 'Model metrics').click()")
+        page.wait("document.body.innerText.includes('loss/total')")
+        keep(page, "mlflow-restarted-curve", tmp_path)
+    steps = [
+        metric.step for metric in MlflowClient(tracking_uri=stack_env.mlflow).get_metric_history(ids[0], "loss/total")
+    ]
+    assert sorted(steps) == list(range(16, 321, 16))  # both goes, every update once
+
 
 def experiment_of(uri: str, run_id: str) -> str:
-    from mlflow.tracking import MlflowClient
-
     return str(MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id)
