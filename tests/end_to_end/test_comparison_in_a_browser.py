@@ -85,8 +85,8 @@ def test_a_person_reads_two_compared_runs_by_day_and_by_night_and_finds_them_in_
         page.wait("document.body.innerText.includes('Finished')")
         assert "from images-000000160/attempt-1" in page.text()
         keep(page, "mlflow-restarted", tmp_path)
-        page.run("[...document.querySelectorAll('[role=tab]')].find((t) => t.innerText === 'Model metrics').click()")
-        page.wait("document.body.innerText.includes('loss/total')")
+        page.click("[role=tab]:nth-of-type(2)")  # Model metrics
+        page.wait("document.querySelectorAll('.js-plotly-plot .scatterlayer path.js-line').length >= 2")
         keep(page, "mlflow-restarted-curve", tmp_path)
     steps = [
         metric.step for metric in MlflowClient(tracking_uri=stack_env.mlflow).get_metric_history(ids[0], "loss/total")
