@@ -87,7 +87,9 @@ class RayExecutor:
                     continue
                 yield result
         finally:
-            for ref in running:
+            # Not what is over: Ray may abort a driver that cancels a task whose reply it is taking in.
+            _, unfinished = ray.wait(list(running), num_returns=len(running) or 1, timeout=0)
+            for ref in unfinished:
                 ray.cancel(ref, force=True)
         _refuse_poisoned(poisoned)
 

@@ -129,7 +129,8 @@ def _set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _usage_error(model: type[Settings], invalid: ValidationError, source: str) -> UsageError:
     error = invalid.errors()[0]
-    location = [str(part) for part in error["loc"]]
+    # A union names the member that it tried, such as `function-after[check(), Input]`, which is no key.
+    location = [str(part) for part in error["loc"] if "[" not in str(part)]
     name = f"{source}: key {'.'.join(location) or '(top)'}"
     if error["type"] == "extra_forbidden":
         keys = sorted(_fields_at(model, error["loc"][:-1]))

@@ -68,6 +68,20 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str, line: str)
     assert line in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ("{kind: nope, uri: x}", "key decontaminate.sets.0.kind: expected 'webdataset', "),
+        ("{kind: folder}", "add decontaminate.sets.0.uri: … or decontaminate.sets.0.uri=…"),
+        ("{kind: folder, uri: x, urii: y}", "key decontaminate.sets.0.urii: .*did you mean uri"),
+    ],
+)
+def test_a_key_inside_a_choice_of_kinds_is_told_by_its_path_alone(tmp_path: Path, entry: str, line: str) -> None:
+    path = write(tmp_path, "top.yaml", "inputs: [{kind: folder, uri: x}]\n")
+    with pytest.raises(UsageError, match=line):
+        parse(CorpusConfig, read_values(path, [f"decontaminate.sets=[{entry}]"]), "top")
+
+
 def test_an_override_without_a_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"key\.sub=value"):
         read_values(write(tmp_path, "top.yaml", "lr: 2\n"), ["lr"])
