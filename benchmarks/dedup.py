@@ -38,6 +38,7 @@ from data_pipeline.executor import InlineExecutor
 from data_pipeline.judge import judge
 from data_pipeline.judge_rows import JudgeSettings
 from data_pipeline.perceptual_hash import perceptual_hash
+from data_pipeline.score import verdicts_key
 from data_pipeline.storage import LocalStore
 
 Hashes = NDArray[np.uint64]
@@ -163,7 +164,7 @@ def hashes(rows: int, task_rows: int, workers: int, near: int, unit_rows: int = 
         starts = range(0, rows, unit_rows)
         with InlineExecutor(workers) as writers:
             written = list(writers.map(partial(_write_unit, store, rows, unit_rows), starts))
-        scored = {start: {"out": out, "verdicts": {"sha256": sha256}} for start, out, sha256 in written}
+        scored = {start: {"out": out, "verdicts": [{"rows": out, "sha256": sha256}]} for start, out, sha256 in written}
         timed = _Timed(executor)
         settings = JudgeSettings(exact="pair", near=near)
         began = time.perf_counter()
@@ -264,7 +265,7 @@ def _write_unit(store: LocalStore, rows: int, unit_rows: int, start: int) -> tup
     sink = io.BytesIO()
     pa.parquet.write_table(table, sink, compression="none")
     data = sink.getvalue()
-    store.put(f"{start}/verdicts.parquet", [data])
+    store.put(verdicts_key(f"{start}/", 0), [data])
     return start, count, hashlib.sha256(data).hexdigest()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from cluster.checkpoint_commands import checkpoints_app
 from cluster.console import Config, Json, Overrides, failure_line, progress_bar, say, show
@@ -31,6 +32,7 @@ from data_pipeline.config import find_config, read_values
 from data_pipeline.errors import UsageError, UserError
 
 INTERRUPTED = 130  # what typer makes of an interrupt
+MOST_PAIRS = 1e18  # they are numbered in 64 bits
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Glidepath: the training system for GLIDE.")
 submit_app = typer.Typer(no_args_is_help=True, help="The same work as a job on a Ray cluster.")
@@ -66,7 +68,7 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         return _fail(str(error), error.exit_code, arguments)
     except typer.TyperException as error:
-        return _fail(" ".join(str(error).split()) or "expected a command, found none", 2, arguments)
+        return _fail(refusal_line(error), 2, arguments)
     except OSError as error:
         return _fail(failure_line(error), 1, arguments)
     except (typer.Abort, KeyboardInterrupt):
@@ -74,6 +76,15 @@ def run(arguments: list[str]) -> int:
     if code == INTERRUPTED:
         return _fail("interrupted; the same command goes on from what is committed", 1, arguments)
     return code
+
+
+def refusal_line(error: typer.TyperException) -> str:
+    """What the parser refuses, in one line. Typer's own text of a bad value names neither the option nor the value."""
+    if isinstance(error, typer.BadParameter) and error.param and isinstance(error.__cause__, ValidationError):
+        invalid = error.__cause__.errors()[0]
+        option, expected = error.param.opts[0], invalid["msg"].removeprefix("Input should be ")
+        return str(UsageError(option, expected, repr(invalid["input"]), "correct the value"))
+    return " ".join(str(error).split()) or "expected a command, found none"
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:
@@ -161,7 +172,9 @@ def plan(
     ] = "h200",
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that the arithmetic reaches.")] = 0.5,
     upload: Annotated[float, typer.Option(help="Each worker's GB/s to the store, for checkpoints.")] = 0.5,
-    pairs: Annotated[float, typer.Option(min=1, help="Of a corpus: pictures with captions, such as 1e9.")] = 1e8,
+    pairs: Annotated[
+        float, typer.Option(min=1, max=MOST_PAIRS, help="Of a corpus: pictures with captions, such as 1e9.")
+    ] = 1e8,
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, memory per GPU, images/s, GPU-days and checkpoint size; no GPU needed. Of a corpus
@@ -329,6 +342,9 @@ def sample(
     upsampler_spacing: Annotated[str, typer.Option(help="As --spacing.")] = "fast27",
     upsampler_sampler: Annotated[str, typer.Option(help="As --sampler.")] = "ddim",
     upsampler_temperature: Annotated[float, typer.Option(help="As --noise-temperature.")] = 0.997,
+    upsampler_low_res_level: Annotated[
+        float, typer.Option(help="Noise on what it enlarges, 0 to 1, for one that was trained with some.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal pictures.")] = 0,
     first_number: Annotated[int, typer.Option(help="Number of the first prompt; a picture depends on its own.")] = 0,
     weights: Annotated[str, typer.Option(help="ema or master.")] = "ema",
@@ -349,7 +365,7 @@ def sample(
     base = {"guidance_scale": guidance, "spacing": spacing, "sampler": sampler, "eta": eta, "strength": strength}
     base |= {"clip": clip_denoised, "clip_percentile": clip_percentile, "noise_temperature": noise_temperature}
     enlarging = {"guidance_scale": upsampler_guidance, "spacing": upsampler_spacing, "sampler": upsampler_sampler}
-    enlarging |= {"noise_temperature": upsampler_temperature}
+    enlarging |= {"noise_temperature": upsampler_temperature, "low_res_level": upsampler_low_res_level}
     values = {"base": base, "enlarging": enlarging, "clip_guidance": clip_guidance, "best_of": best_of, "seed": seed}
     values |= {"image": image, "mask": mask, "first_number": first_number, "weights": weights, "batch": batch}
     settings = parse(DrawSettings, {**uris, **values, "device": device}, "sample")

@@ -25,6 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 stderr = Console(stderr=True)
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or one's share of it
+UNUSABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # mostly a path that was given
 PIPED_WIDTH = 400  # a row stays one line when piped; only a terminal folds long cells
 stdout = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
@@ -40,6 +41,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def failure_line(error: OSError) -> str:
     """What failed and how, in one line, of an error of a disk or a store."""
+    if isinstance(error, UNUSABLE) and error.filename:
+        return f"{error.filename}: expected a path that can be used, found {error.strerror}; check it and its rights"
     line = f"{error.filename or 'input or output'}: {error.strerror or error}"
     return f"{line}; make room, and the same command goes on" if error.errno in FULL else line
 

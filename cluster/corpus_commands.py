@@ -43,9 +43,10 @@ def corpus_inspect(
     document = summary(opened)
     table = [{"reason": name, "rows": count} for name, count in funnel_lines(document["funnel"])]
     if out is not None:
-        from cluster.corpus_report import funnel_rows, write_report
+        from cluster.corpus_report import funnel_rows, make_folder, write_report
         from data_pipeline.inspect import inspect
 
+        make_folder(out)
         inspection = inspect(opened, pictures)
         document |= {"report": write_report(opened, inspection, out)}
         table = funnel_rows(inspection)
@@ -125,10 +126,16 @@ def show_corpus_plan(config: str, overrides: list[str] | None, pairs: int, as_js
     """`glidepath plan` of a corpus."""
     from data_pipeline.corpus_plan import plan_corpus
 
-    planned = plan_corpus(load_corpus_config(config, overrides), pairs)
+    corpus = load_corpus_config(config, overrides)
+    if corpus.scorers or corpus.filters.scores:
+        from cluster.scorers import check_scorers  # heavy
+
+        check_scorers(corpus)
+    planned = plan_corpus(corpus, pairs)
     if as_json:
         show(planned, True)
         return
+    planned["not_counted"] = ", ".join(planned["not_counted"]) or None
     groups = {name: planned.pop(name) for name, value in list(planned.items()) if isinstance(value, dict)}
     show(planned, False)
     for name, values in groups.items():

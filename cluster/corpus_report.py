@@ -5,6 +5,8 @@ from a corpus is escaped, and its pictures are decoded and encoded anew before t
 line.
 
     index.html   funnel.png  histograms.png  kept.png  dropped-<reason>.png  figures.json
+
+A reason may name a column of the corpus, so what no file name or address may hold stands there as in an URL.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -36,16 +39,25 @@ KEPT_COLOUR, ALL_COLOUR = "#2a7f62", "#c9ced6"
 LANGUAGES_SHOWN = 16
 
 
-def write_report(dataset: Dataset, inspection: Inspection, folder: Path) -> list[str]:
-    """Write the report's files into `folder`; their paths, the page first. Raises UserError without matplotlib."""
+def make_folder(folder: Path) -> None:
+    """What can be refused before a corpus is looked through. Raises UserError for a folder that cannot be made, and
+    without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("corpus report", "package matplotlib", "not installed", "pip install matplotlib")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = "a file" if folder.is_file() else error.strerror or str(error)
+        raise UserError(f"report {folder}", "a folder, or nothing", found, "choose another --out") from None
+
+
+def write_report(dataset: Dataset, inspection: Inspection, folder: Path) -> list[str]:
+    """Write the report's files into `folder`, which `make_folder` made; their paths, the page first."""
     thumbs = {id(example): thumbnail(example.picture) for shown in inspection.examples.values() for example in shown}
     winners = {id(example): thumbnail(example.winner) for shown in inspection.examples.values() for example in shown}
     plots = {"funnel.png": funnel_plot(inspection), "histograms.png": histogram_plot(inspection.histograms)}
     sheets = {
-        ("kept.png" if reason == KEPT else f"dropped-{reason}.png"): contact_sheet(shown, thumbs)
+        ("kept.png" if reason == KEPT else f"dropped-{quoted(reason)}.png"): contact_sheet(shown, thumbs)
         for reason, shown in inspection.examples.items()
         if any(thumbs[id(example)] for example in shown)  # the page lists the others
     }
@@ -68,6 +80,11 @@ def funnel_rows(inspection: Inspection) -> list[dict[str, Any]]:
         rows.append({"rows": count, "pass": inspection.passes[reason], "reason": reason, "left": left})
     rows.append({"rows": funnel["out"], "pass": "", "reason": "out", "left": left})
     return [row | {"share": f"{row['rows'] / max(1, funnel['in']):.2%}"} for row in rows]
+
+
+def quoted(reason: str) -> str:
+    """A reason as a file's name and as an anchor of the page."""
+    return quote(reason, safe="")
 
 
 def thumbnail(data: bytes | None) -> Image.Image | None:
@@ -241,7 +258,7 @@ def render_page(
         uri=html.escape(said["uri"]),
         facts="".join(f"<div><b>{html.escape(value)}</b>{name}</div>" for name, value in facts.items()),
         links="".join(
-            f'<a href="#{html.escape(name)}">{html.escape(name)}</a>'
+            f'<a href="#{quoted(name)}">{html.escape(name)}</a>'
             for name in (*order, *(["quarantine"] if inspection.quarantine else []))
         ),
         table=_table(list(shown.values())),
@@ -272,8 +289,7 @@ def _sheet(
 ) -> str:
     title = "Kept" if row is None else f"Dropped: {reason}"
     of = "the first rows of the dataset, which is shuffled" if row is None else f"{len(examples)} of {row['rows']:,}"
-    name = html.escape(reason)
-    heading = f'<h2 id="{name}">{html.escape(title)} <small>{of}</small></h2>'
+    heading = f'<h2 id="{quoted(reason)}">{html.escape(title)} <small>{of}</small></h2>'
     if not any(thumbs[id(example)] for example in examples):
         return heading + _list(examples)
     wide = " wide" if any(winners[id(example)] for example in examples) else ""

@@ -84,13 +84,17 @@ class DrawSettings(Settings):
 
 
 def unguidable(settings: DrawSettings, models: Mapping[str, Trained]) -> Iterator[str]:
-    """A line if guidance goes away from an empty caption that the base model has never seen."""
-    config, scale = models["base"].config, settings.base.guidance_scale
-    if scale != 1 and isinstance(config, GlideConfig) and config.caption_dropout == 0:
-        yield (
-            f"guidance {scale:g}: expected a base model trained with empty captions, found caption_dropout 0; "
-            "unless its parent saw some, use --guidance 1 or fine-tune it with classifier_free_finetune"
-        )
+    """A line for each model that guidance pulls away from an empty caption that it has never seen."""
+    for part, option, sampling, otherwise in (
+        ("base", "guidance", settings.base, " or fine-tune it with classifier_free_finetune"),
+        ("upsampler", "upsampler-guidance", settings.enlarging, ""),
+    ):
+        config = models[part].config if part in models else None
+        if sampling.guidance_scale != 1 and isinstance(config, GlideConfig) and config.caption_dropout == 0:
+            yield (
+                f"{option} {sampling.guidance_scale:g}: expected {PARTS[part]} trained with empty captions, found "
+                f"caption_dropout 0; unless its parent saw some, use --{option} 1{otherwise}"
+            )
 
 
 def draw_to_folder(
@@ -157,6 +161,9 @@ def read_configs(settings: DrawSettings) -> dict[str, Any]:
         if drawn < taken:
             name = f"upsampler {settings.upsampler}"
             raise UserError(name, f"one that enlarges the base model's {drawn} px", f"{taken} px", "give another one")
+        if (level := settings.enlarging.low_res_level) and not upsampler.model.low_res_level:
+            name = "--upsampler-low-res-level"
+            raise UsageError(name, "0 for an upsampler that is not told of noise", f"{level}", "leave it out")
     if settings.clip:
         refuse_other_process(settings.clip, configs["clip"], base)
     return configs

@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline.corpus import CorpusConfig
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.manifests import Document
-from data_pipeline.scorers import InlineScorer, ScorerPool, ScorerSettings, score_columns
+from data_pipeline.scorers import InlineScorer, ScorerPool, ScorerSettings, refuse_unscored, score_columns
 from data_pipeline.storage import ObjectStore
 from trainer.evaluation.clip_score import NoisedClipScorer, open_clip_checkpoint, score_digest
 
@@ -25,12 +25,26 @@ def scorer_pools(config: CorpusConfig) -> list[ScorerPool]:
     for settings in config.scorers:
         if config.executor.kind == "ray":
             pools.append(RayScorerPool(settings))
-        elif settings.actors == 1:
-            pools.append(InlineScorer(NoisedClipScorer(settings.checkpoint, settings.device)))
         else:
-            found = f"{settings.actors} with executor.kind inline"
-            raise UsageError("scorers.actors", "1", found, "leave it out, or set executor.kind=ray")
+            _refuse_several(settings)
+            pools.append(InlineScorer(NoisedClipScorer(settings.checkpoint, settings.device)))
     return pools
+
+
+def check_scorers(config: CorpusConfig) -> None:
+    """Raise what a build would of the scorers' checkpoints and of thresholds on their columns. For a plan: no weights
+    are loaded, and neither Ray nor the device has to be here."""
+    for settings in config.scorers:
+        if config.executor.kind == "inline":
+            _refuse_several(settings)
+        open_clip_checkpoint(settings.checkpoint)
+    refuse_unscored(config.filters.judged(), [NoisedClipScorer] * len(config.scorers))
+
+
+def _refuse_several(settings: ScorerSettings) -> None:
+    if settings.actors != 1:
+        found = f"{settings.actors} with executor.kind inline"
+        raise UsageError("scorers.actors", "1", found, "leave it out, or set executor.kind=ray")
 
 
 class RayScorerPool:

@@ -1,8 +1,8 @@
 """MFU of a run: the share of its GPUs' peak that the model's counted arithmetic reaches, images per second given.
 
-Always holds: counting happens once, on a thread of the driver, so no rank waits for it; nothing that is computed twice
-counts, as in `glidepath plan`; without GPUs, or of a kind whose peak is not known, there is none. Called by
-cluster/tracking.py.
+Always holds: counting happens once, on a thread of the driver, so no rank waits for it, and once a step is done, so no
+refusal does; nothing that is computed twice counts, as in `glidepath plan`; without GPUs, or of a kind whose peak is
+not known, there is none. Called by cluster/tracking.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from cluster.launch import Event
 from trainer.config import TrainConfig
 from trainer.plan.hardware import GPUS
-from trainer.plan.planning import plan
+from trainer.plan.planning import training_flops_per_image
 
 LEAST_S = 5.0
 
@@ -23,16 +23,19 @@ class Utilisation:
     def __init__(self, config: TrainConfig) -> None:
         self.workers = config.launcher.workers
         self._config = config
-        self._flops_per_image: float | None = None
+        self._flops_per_image: int | None = None
         self._images = self._seconds = 0.0  # of steps since the last figure
-        if config.launcher.device == "cuda":
-            threading.Thread(target=self._count, name="counting-flops", daemon=True).start()
+        self._counting: threading.Thread | None = None
 
     def _count(self) -> None:
-        self._flops_per_image = plan(self._config)["flops_train_per_image"]
+        self._flops_per_image = training_flops_per_image(self._config)
 
     def stepped(self, event: Event) -> None:
         """A progress event."""
+        if self._counting is None and self._config.launcher.device == "cuda":
+            # No daemon: an interpreter that ends under torch's backward threads aborts, so it waits.
+            self._counting = threading.Thread(target=self._count, name="counting-flops", daemon=False)
+            self._counting.start()
         self._images += self._config.batch
         self._seconds += event["time/step_s"]
 

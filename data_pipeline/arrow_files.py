@@ -3,7 +3,7 @@
 Always holds: what a batch read returns has the crc32 that was taken when it was written; the same rows give the same
 bytes. The description of a file (ArrowFile) is kept by the caller in a manifest: pyarrow does not expose where batches
 lie, and a file that describes itself cannot vouch for itself. A file of a distant store is read through this machine's
-cache. Called by shards.py and by the builder's staging.
+cache. Called by shards.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class ArrowFile:
 
     rows: int
     bytes: int
-    blake3: str | None  # hex; None for a file whose rows carry their own checksums
+    blake3: str  # hex
     batches: tuple[Batch, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -70,9 +70,7 @@ class ArrowFile:
         return ArrowFile(document["rows"], document["bytes"], document["blake3"], batches)
 
 
-def write_arrow(
-    store: ObjectStore, key: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], with_digest: bool = True
-) -> ArrowFile:
+def write_arrow(store: ObjectStore, key: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> ArrowFile:
     """Store `batches` as one uncompressed Arrow IPC file, in memory one batch at a time."""
     description: list[Batch] = []
     digest, size = ContentHash(), 0
@@ -80,14 +78,13 @@ def write_arrow(
     def chunks() -> Iterator[memoryview]:
         nonlocal size
         for chunk in _serialise(schema, batches, description):
-            if with_digest:
-                digest.update(chunk)
+            digest.update(chunk)
             size += len(chunk)
             yield chunk
 
     store.put(key, chunks())
     rows = sum(batch.rows for batch in description)
-    return ArrowFile(rows, size, digest.hexdigest() if with_digest else None, tuple(description))
+    return ArrowFile(rows, size, digest.hexdigest(), tuple(description))
 
 
 def _serialise(schema: pa.Schema, batches: Iterable[pa.RecordBatch], description: list[Batch]) -> Iterator[memoryview]:
@@ -152,16 +149,12 @@ class ArrowReader:
         key: str,
         schema: pa.Schema,
         description: ArrowFile,
-        check_batches: bool = True,
         cached: bool = True,
     ) -> None:
-        """Raises ShardDamaged if the object is absent or has another size.
-
-        `check_batches` False is for a caller that takes single rows and has a checksum for each of them.
-        """
+        """Raises ShardDamaged if the object is absent or has another size."""
         self.name, self.schema, self.description = f"{store.uri}/{key}", schema, description
         self._store, self._key = store, key
-        self._checked: set[int] = set() if check_batches else set(range(len(self)))
+        self._checked: set[int] = set()
         self._lock = threading.Lock()
         path = store.local_path(key)
         self._distant = path is None
@@ -190,11 +183,6 @@ class ArrowReader:
         place = self.description.batches[index]
         return mapped.slice(place.offset, place.length)
 
-    def distrust(self) -> None:
-        """Bytes were found damaged: if they are a cached copy, the next reader gets a fresh one."""
-        if self._distant:
-            machine_cache().forget(self.cache_name())
-
     def _check_mapped(self, index: int) -> None:
         """Raises ShardDamaged; but a damaged copy in the cache is replaced by a fresh one, which was checked."""
         if self._mapped is None:
@@ -206,7 +194,7 @@ class ArrowReader:
             if not self._distant:
                 raise
             log.warning("%s in the cache; taking it from the store again", damage)
-            self.distrust()
+            machine_cache().forget(self.cache_name())
             self._mapped = self._open_cached()
         self._checked.add(index)
 
@@ -281,13 +269,13 @@ def damaged(name: str, expected: str, found: str) -> ShardDamaged:
     return ShardDamaged(name, expected, found, "restore that object, or delete its folder and build again")
 
 
-def digest_of_object(store: ObjectStore, key: str) -> str | None:
-    """The content digest (hex) of a stored object, one piece in memory at a time; None if there is no such object."""
-    digest, position = ContentHash(), 0
+def digest_of_object(store: ObjectStore, key: str, algorithm: Callable[[], Any] = ContentHash) -> str | None:
+    """The digest (hex) of a stored object, one piece in memory at a time; None if there is no such object."""
+    digest, position = algorithm(), 0
     try:
         while piece := store.get_range(key, position, VERIFY_CHUNK_BYTES):
             digest.update(piece)
             position += len(piece)
     except ObjectNotFound:
         return None
-    return digest.hexdigest()
+    return str(digest.hexdigest())

@@ -7,27 +7,31 @@ was dropped for a counted reason. Called by the command line and, with another E
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
+from data_pipeline import manifests
 from data_pipeline.corpus import CorpusConfig, resolve_output
 from data_pipeline.decontaminate import read_evaluation
 from data_pipeline.dedup import DEDUP_VERSION
 from data_pipeline.emit import ShardPlan, emit_shard, plan_shards
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.executor import Executor, InlineExecutor
-from data_pipeline.families import CODEC_VERSIONS, FAMILIES
+from data_pipeline.families import CODEC_VERSIONS, FAMILIES, KNOWN_FAMILIES
 from data_pipeline.judge import KeepList, judge
 from data_pipeline.judge_rows import JudgeSettings
 from data_pipeline.manifests import Document, digest_of
 from data_pipeline.records import RECORDS_VERSION, text_key
-from data_pipeline.score import ScoreSettings, score_unit
-from data_pipeline.scorers import ScorerPool, digests_in_force, is_committed_by, refuse_unscored
+from data_pipeline.score import UNIT_FILE, ScoreSettings, score_unit
+from data_pipeline.scorers import ScorerPool, digests_in_force, refuse_unscored
 from data_pipeline.shards import Dataset, commit_dataset, commit_family, dataset_ids, open_dataset
-from data_pipeline.sources import Unit, list_units
+from data_pipeline.sources import Input, Unit, list_units
+from data_pipeline.sources.remote import is_remote, public_uri
 from data_pipeline.storage import ObjectStore, open_store
 from data_pipeline.tokenizer import TOKENIZER_SHA256
 
@@ -38,7 +42,19 @@ IDENTITY_VERSION = "corpus-2"  # of the judge's rules and the row order
 # Of a configuration, what the dataset's manifest does not hold: where the passes run, and where their results go.
 NOT_OF_CONTENT: Any = {"output": True, "executor": True, "scorers": {"__all__": {"device", "actors"}}}
 
-OWN_FOLDERS = ("units/", "datasets/", "judge/")  # what the builder keeps in its output; a sweep touches nothing else
+# The names that builds and enrichments give in an output. A sweep touches nothing else: other people's files may lie in
+# the same folder, and under `datasets/` as well.
+HEX16, HEX32, HEX64 = (f"[0-9a-f]{{{digits}}}" for digits in (16, 32, 64))
+UNIT = f"units/{HEX64}-{HEX16}"
+FAMILY = f"datasets/{HEX64}/(?:{'|'.join(map(re.escape, KNOWN_FAMILIES))})"
+COMMITTED_BY = {  # objects -> the manifest without which they are leftovers
+    re.compile(rf"({UNIT})/(?:{UNIT_FILE}|scores-{HEX16}\.json)"): r"\1/manifest.json",
+    re.compile(rf"({UNIT}/scores-{HEX16})\.parquet"): r"\1.json",
+    re.compile(rf"({FAMILY}/shard-[0-9]{{5,}})\.arrow"): r"\1.json",
+}
+JUDGED = re.compile(rf"judge/(?:scratch-{HEX32}/[^/]+|({HEX16})/dropped\.parquet)")  # first digits of a dataset's id
+MANIFEST = re.compile(rf"(?:{UNIT}|{FAMILY}|datasets/{HEX64})/manifest\.json|{FAMILY}/shard-[0-9]{{5,}}\.json")
+OWN_NAMES = (*COMMITTED_BY, JUDGED, MANIFEST)
 
 
 class Progress(Protocol):
@@ -61,7 +77,8 @@ def build_corpus(
     """Build, or find already built, the dataset of `config`; the summary that `inspect_dataset` gives.
 
     `executor`, `store` and `scorers` replace those that the configuration names. Raises UserError when an input is
-    missing or holds no usable record, when a unit exceeds the budget of bad records, and when stored data is damaged.
+    missing or holds no usable record, when a unit exceeds the budget of bad records, and when stored data is damaged;
+    UsageError for an output that an input would read.
     """
     if executor is None:
         if config.executor.kind != "inline":
@@ -74,6 +91,7 @@ def build_corpus(
     judged = config.filters.judged()
     refuse_unscored(judged, scorers)
     store = store or open_store(_output(config))
+    _refuse_output_in_input(config, store)
     store.check()
     settings = ScoreSettings(config.filters.resolved(), config.captions, config.crop)
 
@@ -107,7 +125,7 @@ def build_corpus(
         funnel = _funnel(scored, keep)
         identity = _identity(config, scored, keep, judging)
         families = _emit_all(store, config, keep, prefixes, digest_of(identity), executor, progress)
-        dropped_rows = keep.write_dropped(f"judge/{digest_of(identity)[:16]}/dropped.parquet")
+        dropped_rows = _write_dropped(store, digest_of(identity), keep)
     finally:
         keep.remove_scratch()
     facts = {
@@ -152,6 +170,18 @@ def _emit_all(
     ]
 
 
+def _write_dropped(store: ObjectStore, dataset_id: str, keep: KeepList) -> Document:
+    """Store the table of what was judged out; what the manifest says of it.
+
+    What a dataset was committed with stays: the same rows written by another version of Arrow can have other bytes.
+    """
+    key = f"judge/{dataset_id[:16]}/dropped.parquet"
+    committed = manifests.read(store, f"datasets/{dataset_id}/manifest.json")
+    if committed is not None and store.exists(key):
+        return cast(Document, committed["dropped_rows"])
+    return keep.write_dropped(key)
+
+
 def inspect_dataset(uri: str) -> dict[str, Any]:
     """The summary of a committed dataset. Raises UserError as `open_dataset` does."""
     return summary(open_dataset(uri))
@@ -176,12 +206,12 @@ def sweep_build(store: ObjectStore, prefix: str = "") -> int:
     Unfinished uploads go, and data whose manifest was never stored. Committed units and shards stay: the next build
     takes them up.
     """
-    swept = store.sweep_uploads(prefix, owned=lambda key: key.startswith(OWN_FOLDERS))
+    swept = store.sweep_uploads(prefix, owned=lambda key: any(name.fullmatch(key) for name in OWN_NAMES))
     keys = [info.key for info in store.list(prefix)]
     datasets = {id_[:16] for id_ in dataset_ids(store)}
     for key in keys:
-        committed_by = _manifest_of(key)
-        left_by_judge = key.startswith("judge/") and key.split("/")[1] not in datasets
+        committed_by, judged = _manifest_of(key), JUDGED.fullmatch(key)
+        left_by_judge = judged is not None and judged[1] not in datasets
         if left_by_judge or (committed_by is not None and not store.exists(committed_by)):
             store.delete(key)
             swept += 1
@@ -190,13 +220,9 @@ def sweep_build(store: ObjectStore, prefix: str = "") -> int:
 
 def _manifest_of(key: str) -> str | None:
     """The manifest without which an object is a leftover; None for manifests and for what the builder does not own."""
-    parts = key.split("/")
-    if (scores_manifest := is_committed_by(key)) is not None:
-        return scores_manifest
-    if parts[0] == "units" and len(parts) == 3 and parts[2] != "manifest.json":
-        return f"units/{parts[1]}/manifest.json"
-    if parts[0] == "datasets" and len(parts) == 4 and key.endswith(".arrow"):
-        return key.removesuffix(".arrow") + ".json"
+    for name, manifest in COMMITTED_BY.items():
+        if (found := name.fullmatch(key)) is not None:
+            return found.expand(manifest)
     return None
 
 
@@ -258,6 +284,31 @@ def _output(config: CorpusConfig) -> str:
     if config.output is None:
         raise UsageError("corpus output", "a folder", "none", "set output=FOLDER")
     return config.output
+
+
+def _refuse_output_in_input(config: CorpusConfig, store: ObjectStore) -> None:
+    """Raise UsageError where the next build would read what this one writes, and so give another dataset."""
+    for entry in (*config.inputs, *(entry for entry in config.decontaminate.sets if isinstance(entry, Input))):
+        if _would_read(entry, store):
+            expected, found = "a folder outside the inputs", f"one in {entry.kind} {public_uri(entry.uri)}"
+            raise UsageError(f"output {store.uri}", expected, found, "choose another output")
+
+
+def _would_read(entry: Input, store: ObjectStore) -> bool:
+    """Whether `store` lies within an input that reads what a build writes.
+
+    Of a folder of pictures that is everything, of parquets the tables of its units; but not what begins with a dot. A
+    build writes no tars.
+    """
+    if entry.kind not in ("folder", "parquet"):
+        return False
+    uri, units = public_uri(entry.uri), store.local_path("units")
+    if units is None or is_remote(uri):
+        return f"{store.uri}/".startswith(f"{uri.rstrip('/')}/")
+    folder, output = Path(uri).resolve(), units.parent.resolve()
+    if not output.is_relative_to(folder):
+        return False
+    return not any(part.startswith(".") for part in output.relative_to(folder).parts)
 
 
 def _refuse_over_budget(budget: float | None, uri: str, unit: Document) -> None:

@@ -3,7 +3,9 @@
 Always holds: rates and sizes of a record are measured here and now, on the first records of the first unit, with the
 builder's own passes in a folder that is removed again; all else is arithmetic on them. Called by `glidepath plan`.
 A plan is for one core of this kind: core-hours are processor time, whatever else the machine does meanwhile and however
-many cores share the work; waiting for storage comes on top.
+many cores share the work; waiting for storage comes on top. Scorers and evaluation sets are named as not counted: a
+scorer's rate is that of its device, which need not be here. The rows are those that the score pass keeps, so what
+duplicates, scores and evaluation sets take is still among them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,11 +29,13 @@ from data_pipeline.judge_rows import KEPT, ROW, JudgeSettings
 from data_pipeline.near import NODE
 from data_pipeline.records import Record, Rejected
 from data_pipeline.score import ScoreSettings, score_unit
+from data_pipeline.shards import open_dataset
 from data_pipeline.sources import read_records
-from data_pipeline.sources.units import Unit, find_units, with_digest
+from data_pipeline.sources.units import Unit, find_units, public_uri, with_digest
 from data_pipeline.storage import LocalStore
 
 SAMPLE_RECORDS = 512
+UNTIMED = "0" * 64  # digest of the unit that the sample stands for when it is scored for the first time
 HOUR_S = 3600
 
 # Rows of the judge pass per second and core, without and with near duplicates: benchmarks/results/dedup_hashes.json.
@@ -71,8 +75,14 @@ def is_corpus(name: str) -> bool:
 def plan_corpus(config: CorpusConfig, pairs: int, records: int = SAMPLE_RECORDS) -> dict[str, Any]:
     """The document of `glidepath plan` for a corpus of `pairs` pictures with captions that are like its first ones.
 
-    Raises UserError where the inputs are missing or none of the sampled records is kept.
+    `not_counted` names the scorers and evaluation sets, whose work is in no figure. Raises UserError where the inputs
+    or such a set are missing, or none of the sampled records is kept.
     """
+    for entry in config.decontaminate.sets:  # found, not read
+        if isinstance(entry, str):
+            open_dataset(entry)
+        else:
+            find_units([entry])
     with tempfile.TemporaryDirectory(prefix="glidepath-plan-") as folder:
         sample = measured(config, records, LocalStore(Path(folder)))
     return planned(config, pairs, sample)
@@ -112,6 +122,7 @@ def planned(config: CorpusConfig, pairs: int, sample: Sample) -> dict[str, Any]:
         "units": units,
         "tasks": {"read": units, "score": units, "judge": _judge_tasks(config, sections), "emit": shards},
         "core_hours": core_hours | {"total": round(sum(seconds.values()) / HOUR_S, 2)},
+        "not_counted": _not_counted(config),
         "storage_bytes": storage | {"total": sum(storage.values()) - storage["source"]},
         "dataset_bytes": families,
         "manifest_bytes": {
@@ -123,6 +134,12 @@ def planned(config: CorpusConfig, pairs: int, sample: Sample) -> dict[str, Any]:
         "agreeing_blocks": None if near is None else choose_bands(near, max(rows, 2)).agreeing,
         "sample": {name: _rounded(value) for name, value in vars(sample).items()},
     }
+
+
+def _not_counted(config: CorpusConfig) -> list[str]:
+    scorers = [f"scorer {public_uri(settings.checkpoint)}" for settings in config.scorers]
+    uris = (entry if isinstance(entry, str) else entry.uri for entry in config.decontaminate.sets)
+    return [*scorers, *(f"evaluation set {public_uri(uri)}" for uri in uris)]
 
 
 def _shuffles(config: CorpusConfig) -> int:
@@ -141,6 +158,9 @@ def measured(config: CorpusConfig, records: int, store: LocalStore) -> Sample:
     unit, read_s = _timed(lambda: with_digest(_first(config)))
     found: list[Record | Rejected] = list(islice(read_records(unit), records))
     settings = ScoreSettings(config.filters.resolved(), config.captions, config.crop)
+    # Once untimed: the first pictures load the tokenizer and the language model, once in a process, which takes as long
+    # as all others of a sample together.
+    score_unit(store, settings, replace(unit, digest=UNTIMED), iter(found))
     scored, score_s = _timed(lambda: score_unit(store, settings, unit, iter(found)))
     if not scored["out"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(scored["dropped"].items()))
@@ -166,7 +186,8 @@ def measured(config: CorpusConfig, records: int, store: LocalStore) -> Sample:
         score_pairs_per_s=scored["in"] / score_s,
         emit_rows_per_s=rows / emit_s,
         staged_bytes_per_row=scored["rows"]["bytes"] / rows,
-        verdict_bytes_per_pair=(scored["verdicts"]["bytes"] + scored["quarantine"]["bytes"]) / scored["in"],
+        verdict_bytes_per_pair=sum(table["bytes"] for table in (*scored["verdicts"], scored["quarantine"]))
+        / scored["in"],
         family_bytes_per_row={shard["family"]: shard["file"]["bytes"] / rows for shard in shards},
         shard_manifest_bytes_per_batch=_manifest_bytes(store) / sum(len(shard["file"]["batches"]) for shard in shards),
     )

@@ -26,6 +26,7 @@ from data_pipeline.shards import Dataset, open_dataset
 from data_pipeline.storage import ObjectStore, canonical_json, open_store
 
 FORMAT = "glidepath-export-1"
+CLAIM, MANIFEST = "export.json", "manifest.json"
 
 
 def export_webdataset(
@@ -37,17 +38,17 @@ def export_webdataset(
 ) -> dict[str, Any]:
     """Write the dataset that `uri` names to the folder `out`; {dataset_id, rows, shards, bytes, out}.
 
-    `shard_rows`: rows in a tar; None: as many as in the dataset's shards. Raises UserError if the folder holds another
-    export, and as `open_dataset` does.
+    `shard_rows`: rows in a tar; None: as many as in the dataset's shards. Raises UserError if the folder holds anything
+    but this export, and as `open_dataset` does.
     """
     dataset, store = open_dataset(uri), open_store(out)
     per_tar = dataset.shard_rows[0] if shard_rows is None else shard_rows
     if per_tar < 1:
         raise UsageError("--shard-rows", "1 or more", str(per_tar), "correct it")
     store.check()
-    claim = {"format": FORMAT, "dataset_id": dataset.id, "shard_rows": per_tar}
-    _claim(store, claim)
     numbers = range(-(-dataset.rows // per_tar))
+    claim = {"format": FORMAT, "dataset_id": dataset.id, "shard_rows": per_tar}
+    _claim(store, claim, {CLAIM, MANIFEST, *map(tar_name, numbers)})
     tars: list[Document] = []
     images = 0
     progress("export", 0, len(numbers))
@@ -56,7 +57,7 @@ def export_webdataset(
         images += tar["rows"]
         progress("export", len(tars), len(numbers), images)
     tars.sort(key=lambda tar: tar["name"])
-    manifests.commit(store, "manifest.json", claim | {"rows": dataset.rows, "tars": tars})
+    manifests.commit(store, MANIFEST, claim | {"rows": dataset.rows, "tars": tars})
     return {
         "dataset_id": dataset.id,
         "rows": dataset.rows,
@@ -66,21 +67,31 @@ def export_webdataset(
     }
 
 
-def _claim(store: ObjectStore, claim: Document) -> None:
-    store.put_if_absent("export.json", manifests.seal(claim))
-    there = manifests.read(store, "export.json") or {}
-    wanted, found = (
-        f"dataset {str(document.get('dataset_id'))[:12]} in tars of {document.get('shard_rows')} rows"
-        for document in (claim, there)
-    )
-    if wanted != found or there["format"] != FORMAT:
-        raise UserError(f"export {store.uri}", f"an empty folder, or one with {wanted}", found, "choose another --out")
+def _claim(store: ObjectStore, claim: Document, own_keys: set[str]) -> None:
+    """Take the folder for this export. Raises UserError where it holds anything else: what reads a folder of tars, or
+    opens a dataset by its manifest, would take the one for the other."""
+    wanted = f"dataset {claim['dataset_id'][:12]} in tars of {claim['shard_rows']} rows"
+    keys = {info.key for info in store.list()}
+    if CLAIM in keys or not keys:
+        store.put_if_absent(CLAIM, manifests.seal(claim))
+        there = manifests.read(store, CLAIM) or {}
+        found = f"dataset {str(there.get('dataset_id'))[:12]} in tars of {there.get('shard_rows')} rows"
+        strangers = keys - own_keys if there.get("format") == FORMAT and found == wanted else {found}
+    else:
+        strangers = keys
+    if strangers:
+        expected = f"an empty folder, or one with {wanted}"
+        raise UserError(f"export {store.uri}", expected, min(strangers), "choose another --out")
+
+
+def tar_name(number: int) -> str:
+    return f"{number:05d}.tar"
 
 
 def export_tar(uri: str, store: ObjectStore, per_tar: int, number: int) -> Document:
     """Write tar `number`, unless it is there; {name, rows, bytes, sha256}. Raises ShardDamaged."""
     dataset = _opened(uri)
-    name, digest, size = f"{number:05d}.tar", hashlib.sha256(), 0
+    name, digest, size = tar_name(number), hashlib.sha256(), 0
     begin, end = number * per_tar, min((number + 1) * per_tar, dataset.rows)
     # What is there is whole, for an object appears at once; and the folder is this export's alone.
     there = store.exists(name)

@@ -1,9 +1,9 @@
 """Images: untrusted bytes to RGB arrays, and arrays to the two stored forms.
 
-Always holds: the size is read from the header and checked against the limits before anything is decoded; every failure
-is an ImageError with a short reason that can be counted; the result is RGB uint8 [H, W, 3] in sRGB, upright,
-transparency on white, frame 0 of an animation; of a picture at the limit no process needs 1.5 GiB. Called by the score
-pass; the loader and samplers use `decode_stored` and `area_resize`.
+Always holds: the size, and how often a JPEG goes over its pixels, are checked against the limits before anything is
+decoded; every failure is an ImageError with a short reason that can be counted; the result is RGB uint8 [H, W, 3] in
+sRGB, upright, transparency on white, frame 0 of an animation; of a picture at the limit no process needs 1.5 GiB.
+Called by the score pass; the loader and samplers use `decode_stored` and `area_resize`.
 
 Plain JPEGs go through simplejpeg; whatever it does not take (CMYK, junk between markers, other formats) through Pillow.
 """
@@ -24,6 +24,7 @@ from typing_extensions import Buffer
 
 from data_pipeline.colour import Space, cmyk_to_rgb, to_srgb
 from data_pipeline.draws import key64, mix64
+from data_pipeline.jpeg_markers import JPEG_START, count_scans, has_metadata
 
 Pixels = NDArray[np.uint8]
 
@@ -31,16 +32,26 @@ Pixels = NDArray[np.uint8]
 Crop = Literal["centre", "near_centre"]
 
 # Versions stand in the dataset's identity: raise one when the same source bytes can give other pixels than before.
-DECODE_VERSION = "decode-2"
+DECODE_VERSION = "decode-3"
 CODEC_VERSION = "jpeg-q95-444-1"
 AREA_FILTER_VERSION = "cv2-area-2"
 
 PIXEL_LIMIT = 64 * 2**20  # 192 MiB as RGB
 # OpenJPEG holds every channel of every pixel as 32 bits, twice.
 PIXEL_LIMITS = {"JPEG2000": 16 * 2**20}
+# Of a JPEG, pixels times scans: a scan of a hundred bytes goes over all pixels, and a file can have a million of these.
+# libjpeg writes 1, 6, 10 or, in CMYK, 18. A scan has a price of its own, so that pictures smaller than SMALL_PIXELS
+# count as that.
+SCANNED_PIXEL_LIMIT = 32 * PIXEL_LIMIT
+SMALL_PIXELS = 2**20
 JPEG_QUALITY = 95
 BACKGROUND = 255  # white
 STRIP_PIXELS = 2**20  # that are brought to RGB at once
+
+PLAIN_PNM = (b"P1", b"P2", b"P3")
+RUN_LENGTH_BMP = (b"\1\0\0\0", b"\2\0\0\0")  # biCompression: BI_RLE8, BI_RLE4
+PNG_START = b"\x89PNG\r\n\x1a\n"
+MOST_PROFILES = 8
 
 # Formats of photographs and web pictures. Others are refused unread: Pillow's EPS reader, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA")
@@ -76,6 +87,7 @@ class ImageError(Exception):
         "image_empty",
         "image_unknown_format",
         "image_too_many_pixels",
+        "image_too_many_scans",
         "image_damaged",
         "image_unsupported_mode",
     )
@@ -106,7 +118,7 @@ class _Decoded:
 
 
 def read_header(data: bytes) -> Header:
-    """Decodes no pixels. Raises ImageError, also for a picture that is too large to be decoded."""
+    """Decodes no pixels. Raises ImageError, also for a picture that would take too much to be decoded."""
     if not data:
         raise ImageError("image_empty", "no bytes")
     header = _plain_jpeg_header(data)
@@ -117,6 +129,9 @@ def read_header(data: bytes) -> Header:
             limit = PIXEL_LIMITS.get(image.format or "", PIXEL_LIMIT)
     if header.width * header.height > limit:
         raise ImageError("image_too_many_pixels", f"{header.width}x{header.height}, at most {limit} pixels are decoded")
+    most = SCANNED_PIXEL_LIMIT // max(header.width * header.height, SMALL_PIXELS)
+    if data.startswith(JPEG_START) and count_scans(data, most) > most:
+        raise ImageError("image_too_many_scans", f"{header.width}x{header.height}, at most {most} scans are decoded")
     return header
 
 
@@ -228,7 +243,7 @@ def area_resize(square: Pixels, side: int) -> Pixels:
 
 
 def _plain_jpeg_header(data: bytes) -> Header | None:
-    if data[:3] != b"\xff\xd8\xff":
+    if not data.startswith(JPEG_START):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -266,28 +281,10 @@ def _decode_plain_jpeg(data: bytes, enough_side: int | None) -> Pixels | None:
 def _read_markers(data: bytes) -> tuple[int, bytes | None]:
     """(orientation, ICC profile) of a JPEG."""
     # Opening a picture in Pillow costs as much as a tenth of the whole record; most have nothing there to look for.
-    if not _has_metadata(data):
+    if not has_metadata(data):
         return 1, None
     with _open(data) as image:
         return _orientation(image), _profile(image)
-
-
-def _has_metadata(data: bytes) -> bool:
-    """Whether a JPEG has EXIF, an XMP orientation or an ICC profile before its pixels, or junk that may hide them."""
-    position = 2
-    while data[position : position + 1] == b"\xff":
-        marker, start = data[position + 1 : position + 2], position + 4
-        if marker == b"\xda":
-            return False
-        end = position + 2 + int.from_bytes(data[start - 2 : start], "big")
-        if marker == b"\xe2" and data.startswith(b"ICC_PROFILE\0", start):
-            return True
-        if marker == b"\xe1" and (
-            data.startswith(b"Exif\0\0", start) or data.find(b"tiff:Orientation", start, end) >= 0
-        ):
-            return True
-        position = end
-    return True
 
 
 def _profile(image: Image.Image) -> bytes | None:
@@ -315,7 +312,19 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return cast(Pixels, cv2.transpose(pixels)) if transposed else pixels
 
 
+def _refuse_bombs(data: bytes) -> None:
+    """Raise ImageError for what Pillow decodes in Python, or again and again, so that a small file takes minutes."""
+    if data.startswith(PLAIN_PNM):
+        raise ImageError("image_unknown_format", "a PNM of written numbers, in which no photograph is stored")
+    if data.startswith(b"BM") and data[30:34] in RUN_LENGTH_BMP:
+        raise ImageError("image_unknown_format", "a run-length coded BMP, in which no photograph is stored")
+    # A PNG has one at most; as many as this do not come together by chance in its packed pixels.
+    if data.startswith(PNG_START) and (profiles := data.count(b"iCCP")) > MOST_PROFILES:
+        raise ImageError("image_damaged", f"{profiles} iCCP chunks in one PNG")
+
+
 def _open(data: bytes) -> Image.Image:
+    _refuse_bombs(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bomb and EXIF warnings: PIXEL_LIMIT decides, not Pillow's own limit
@@ -364,8 +373,11 @@ def _to_rgb(image: Image.Image, cmyk_profile: bytes | None = None) -> Pixels:
 
 def _strip_to_rgb(image: Image.Image, cmyk_profile: bytes | None) -> Pixels:
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+        values = np.asarray(image).astype(np.int64)
+        grey = (values.clip(0, 65535) >> 8).astype(np.uint8)
+        if image.has_transparency_data:  # of a PNG: the one value that is transparent, in all its bits
+            grey[values == image.info["transparency"]] = BACKGROUND
+        return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "CMYK":
         return np.asarray(cmyk_to_rgb(image, cmyk_profile))
     if image.has_transparency_data:

@@ -18,14 +18,17 @@ import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from data_pipeline import manifests
 from data_pipeline.draws import mix64
 from data_pipeline.errors import UserError
 from data_pipeline.filters.language import identify
+from data_pipeline.judge_rows import read_checked
 from data_pipeline.manifests import Document
 from data_pipeline.records import Record
+from data_pipeline.score import verdicts_key
 from data_pipeline.shards import Dataset, output_of
 from data_pipeline.sources import Input, read_records, reopen
-from data_pipeline.storage import ObjectNotFound, ObjectStore
+from data_pipeline.storage import ObjectStore
 
 KEPT = "kept"
 LANGUAGE_CAPTIONS = 4000  # identified in all: one takes about 0.1 ms
@@ -93,7 +96,7 @@ class Inspection:
 def inspect(dataset: Dataset, per_reason: int = 24) -> Inspection:
     """Figures, at most `per_reason` examples of each reason, and twice that of kept rows.
 
-    Raises UserError if a table of the build is gone.
+    Raises UserError if a table of the build is gone or is not as it was written.
     """
     store, units = output_of(dataset), dataset.manifest["units"]
     judged = _judged_rows(store, dataset)
@@ -102,15 +105,19 @@ def inspect(dataset: Dataset, per_reason: int = 24) -> Inspection:
     quarantine: list[dict[str, str]] = []
     passes: dict[str, str] = {}
     for number, unit in enumerate(units):
-        verdicts = _with_judged(_table(store, f"{unit['folder']}/verdicts.parquet", VERDICT_COLUMNS), judged)
-        counting.add(verdicts)
-        broken = _table(store, f"{unit['folder']}/quarantine.parquet", ["key", "reason", "detail"])
+        about = _unit_manifest(store, f"{unit['folder']}/manifest.json")
+        names = ["key", "reason", "detail"]
+        broken = _table(store, f"{unit['folder']}/quarantine.parquet", about["quarantine"]["sha256"], names)
         passes.update(dict.fromkeys(broken["reason"].to_pylist(), "broken"))
         details = dict(zip(broken["key"].to_pylist(), broken["detail"].to_pylist(), strict=True))
         for row in broken.slice(0, max(0, NAMED_QUARANTINED - len(quarantine))).to_pylist():
             quarantine.append({"unit": unit["uri"], **row})
-        for example in _dropped_examples(verdicts, number, details, examples, per_reason):
-            examples.setdefault(example.reason, []).append(example)
+        for part, entry in enumerate(about["verdicts"]):
+            rows = _table(store, verdicts_key(f"{unit['folder']}/", part), entry["sha256"], VERDICT_COLUMNS)
+            verdicts = _with_judged(rows, judged)
+            counting.add(verdicts)
+            for example in _dropped_examples(verdicts, number, details, examples, per_reason):
+                examples.setdefault(example.reason, []).append(example)
     passes |= dict.fromkeys(judged["reason"].unique().to_pylist(), "judged")
     found = {reason: _with_winners(dataset, shown) for reason, shown in examples.items()}
     found = _with_pictures(dataset, found)
@@ -167,7 +174,7 @@ def _judged_rows(store: ObjectStore, dataset: Dataset) -> pa.Table:
     """The rows that the judge pass dropped, sorted by id."""
     columns = ["id", "reason", "distance", "lost_to"]
     about = dataset.manifest["dropped_rows"]
-    return _table(store, about["key"], columns).sort_by("id")
+    return _table(store, about["key"], about["sha256"], columns).sort_by("id")
 
 
 def _with_judged(verdicts: pa.Table, judged: pa.Table) -> pa.Table:
@@ -275,12 +282,13 @@ def _with_pictures(dataset: Dataset, examples: Mapping[str, list[Example]]) -> d
     }
 
 
-def _table(store: ObjectStore, key: str, columns: list[str]) -> pa.Table:
-    try:
-        return pa.parquet.read_table(io.BytesIO(store.get(key)), columns=columns)
-    except ObjectNotFound:
-        raise UserError(
-            f"table {store.uri}/{key}", "what the build left beside the dataset", "nothing", "build the corpus again"
-        ) from None
-    except pa.ArrowException as error:
-        raise UserError(f"table {store.uri}/{key}", "a parquet", str(error), "build the corpus again") from None
+def _unit_manifest(store: ObjectStore, key: str) -> Document:
+    manifest = manifests.read(store, key)
+    if manifest is None:
+        expected = "what the build left beside the dataset"
+        raise UserError(f"manifest {store.uri}/{key}", expected, "nothing", "build the corpus again")
+    return manifest
+
+
+def _table(store: ObjectStore, key: str, sha256: str, columns: list[str]) -> pa.Table:
+    return pa.parquet.read_table(io.BytesIO(read_checked(store, key, sha256)), columns=columns)

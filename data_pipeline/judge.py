@@ -44,8 +44,8 @@ from data_pipeline.judge_rows import (
     REASONS,
     ROW,
     JudgeSettings,
-    ScoredUnit,
     Task,
+    Verdicts,
     Work,
     drop,
     read_verdicts,
@@ -53,6 +53,7 @@ from data_pipeline.judge_rows import (
     with_caption,
 )
 from data_pipeline.manifests import Document
+from data_pipeline.score import verdicts_key
 from data_pipeline.scorers import first_failed, read_scores
 from data_pipeline.spills import Piece, Rows, Spill, by_section, gather, read_pieces, write_spill
 from data_pipeline.storage import ObjectStore
@@ -151,30 +152,32 @@ def judge(
     rows = sum(unit["out"] for unit in scored)
     # A name of its own: two builds may judge at the same time in one folder.
     work = Work(store, f"judge/scratch-{uuid.uuid4().hex}", settings, max(1, -(-rows // task_rows)))
-    pairs = zip(prefixes, scored, strict=True)
-    units = [ScoredUnit(number, prefix, unit["verdicts"]["sha256"]) for number, (prefix, unit) in enumerate(pairs)]
-    groups = _groups(units, [unit["out"] for unit in scored], task_rows)
+    parts = [
+        Verdicts(number, prefix, verdicts_key(prefix, part), about["rows"], about["sha256"])
+        for number, (prefix, unit) in enumerate(zip(prefixes, scored, strict=True))
+        for part, about in enumerate(unit["verdicts"])
+    ]
     try:
         if evaluation is not None:
             data = evaluation.to_bytes()
             work = replace(work, evaluation_sha256=hashlib.sha256(data).hexdigest())
             store.put(work.evaluation_key, [data])
-        return _Judging(work, executor or InlineExecutor(), progress, units).run(groups)
+        return _Judging(work, executor or InlineExecutor(), progress, parts).run(_groups(parts, task_rows))
     except BaseException:
         work.remove()
         raise
 
 
-def _groups(units: Sequence[ScoredUnit], rows_of_unit: Sequence[int], task_rows: int) -> list[list[ScoredUnit]]:
-    """Units together, in their order, while they have at most `task_rows` rows."""
-    groups: list[list[ScoredUnit]] = [[]]
+def _groups(parts: Sequence[Verdicts], task_rows: int) -> list[list[Verdicts]]:
+    """Parts together, in their order, while they have at most `task_rows` rows."""
+    groups: list[list[Verdicts]] = [[]]
     rows = 0
-    for unit, more in zip(units, rows_of_unit, strict=True):
-        if groups[-1] and rows + more > task_rows:
+    for part in parts:
+        if groups[-1] and rows + part.rows > task_rows:
             groups.append([])
             rows = 0
-        groups[-1].append(unit)
-        rows += more
+        groups[-1].append(part)
+        rows += part.rows
     return groups
 
 
@@ -182,16 +185,16 @@ class _Judging:
     """The driver's side: hands pieces from the tasks of one step to those of the next."""
 
     def __init__(
-        self, work: Work, executor: Executor, progress: Callable[[int, int], None], units: Sequence[ScoredUnit]
+        self, work: Work, executor: Executor, progress: Callable[[int, int], None], parts: Sequence[Verdicts]
     ) -> None:
-        self.work, self.executor, self.progress, self.units = work, executor, progress, units
+        self.work, self.executor, self.progress, self.parts = work, executor, progress, parts
         self.steps = work.settings.steps()
         self.dropped: list[Spill] = []
         self.reasons: Counter[str] = Counter()
 
-    def run(self, groups: Sequence[Sequence[ScoredUnit]]) -> KeepList:
+    def run(self, groups: Sequence[Sequence[Verdicts]]) -> KeepList:
         self.progress(0, len(self.steps) + 1)
-        gathering = [Task("gather", number, units=group) for number, group in enumerate(groups)]
+        gathering = [Task("gather", number, verdicts=group) for number, group in enumerate(groups)]
         left = self._judged(partial(_gather, self.work, self.steps[0]), gathering)
         for done, (step, following) in enumerate(pairwise(self.steps), start=1):
             self.progress(done, len(self.steps) + 1)
@@ -217,7 +220,7 @@ class _Judging:
         tasks = (Task("order", number, *pair) for number, pair in enumerate(pairs))
         ranges = sorted(self.executor.map(partial(_order, self.work), tasks), key=lambda ordered: ordered.number)
         for ordered in ranges:
-            _refuse_collision(self.work.store, self.units, ordered.collision)
+            _refuse_collision(self.work.store, self.parts, ordered.collision)
         kept = tuple(ordered.kept for ordered in ranges if ordered.kept)
         dropped = tuple(ordered.dropped for ordered in ranges if ordered.dropped)
         return KeepList(self.work, kept, dropped, dict(self.reasons))
@@ -225,16 +228,16 @@ class _Judging:
 
 def _gather(work: Work, following: str, task: Task) -> HandedOn:
     evaluation = work.evaluation()
-    found = [_gather_unit(work, unit, evaluation) for unit in task.units]
+    found = [_gather_part(work, part, evaluation) for part in task.verdicts]
     rows, dropped = (gather([pair[place] for pair in found], dtype) for place, dtype in ((0, ROW), (1, DROPPED)))
     return _hand_on(work, task, following, rows, dropped)
 
 
-def _gather_unit(work: Work, unit: ScoredUnit, evaluation: Evaluation | None) -> tuple[Rows, Rows]:
-    """ROW of the unit's rows that are within the thresholds and in no evaluation set, and DROPPED of the others."""
+def _gather_part(work: Work, part: Verdicts, evaluation: Evaluation | None) -> tuple[Rows, Rows]:
+    """ROW of the part's rows that are within the thresholds and in no evaluation set, and DROPPED of the others."""
     settings = work.settings
-    verdicts = read_verdicts(work.store, unit)
-    rows = rows_of(verdicts, unit.number)
+    verdicts = read_verdicts(work.store, part)
+    rows = rows_of(verdicts, part.unit)
     reason, distance = np.full(len(rows), -1, np.int64), np.full(len(rows), -1, np.int64)
     if evaluation is not None and len(rows):
         captions = verdicts["caption"].to_pylist()
@@ -242,7 +245,7 @@ def _gather_unit(work: Work, unit: ScoredUnit, evaluation: Evaluation | None) ->
         names = np.array([REASONS.index(name) for name in decontaminate.REASONS])
         reason = np.where(place >= 0, names[place], -1)
     if settings.judged.columns and len(rows):
-        failed = first_failed(read_scores(work.store, unit.prefix, settings.scorers), settings.judged)[rows["row"]]
+        failed = first_failed(read_scores(work.store, part.prefix, settings.scorers), settings.judged)[rows["row"]]
         reason, distance = np.where(failed >= 0, len(REASONS) + failed, reason), np.where(failed >= 0, -1, distance)
     lost = reason >= 0
     return rows[~lost], drop(rows[lost], reason[lost], 0, distance[lost])
@@ -331,12 +334,19 @@ def _order(work: Work, task: Task) -> Ordered:
     return Ordered(task.number, kept_piece, dropped_piece, rows[[*twice, *twice + 1]])
 
 
-def _refuse_collision(store: ObjectStore, units: Sequence[ScoredUnit], rows: Rows) -> None:
+def _refuse_collision(store: ObjectStore, parts: Sequence[Verdicts], rows: Rows) -> None:
     if len(rows):
-        tables = [(row, read_verdicts(store, units[row["unit"]], ("key", "row"))) for row in rows]
-        keys = [repr(table["key"][table["row"].to_pylist().index(row["row"])].as_py()) for row, table in tables]
+        keys = [repr(_key_of(store, parts, row["unit"], row["row"])) for row in rows]
         found = f"id {rows['id'][0]:016x} for {' and '.join(keys)}"
         raise UserError("corpus", "one id per record", found, "rename one of the two in its input")
+
+
+def _key_of(store: ObjectStore, parts: Sequence[Verdicts], unit: int, row: int) -> Any:
+    """The key of a staged row of a unit."""
+    tables = (read_verdicts(store, part, ("key", "row")) for part in parts if part.unit == unit)
+    return next(
+        found["key"][0].as_py() for table in tables if len(found := table.filter(pa.compute.equal(table["row"], row)))
+    )
 
 
 def _dropped_table(rows: Rows, names: Sequence[str]) -> pa.Table:

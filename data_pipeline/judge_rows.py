@@ -84,12 +84,14 @@ class JudgeSettings:
 
 
 @dataclass(frozen=True)
-class ScoredUnit:
-    """A committed unit: its number, the folder of its results, and the sha256 of its verdicts."""
+class Verdicts:
+    """A part of a committed unit's verdicts: the unit's number and folder, where the part lies, its rows and sha256."""
 
-    number: int
+    unit: int
     prefix: str
-    verdicts_sha256: str
+    key: str
+    rows: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Task:
     number: int
     pieces: Sequence[Piece] = ()
     more: Sequence[Piece] = ()
-    units: Sequence[ScoredUnit] = ()
+    verdicts: Sequence[Verdicts] = ()
 
     @property
     def name(self) -> str:
@@ -149,9 +151,9 @@ class Work:
         return mix64(rows["id"] ^ np.uint64(key64("row order", self.settings.seed)))
 
 
-def read_verdicts(store: ObjectStore, unit: ScoredUnit, columns: Sequence[str] = VERDICT_COLUMNS) -> pa.Table:
-    """Some columns, `row` among them, of the verdicts of the unit's staged rows. Raises ShardDamaged."""
-    data = read_checked(store, f"{unit.prefix}verdicts.parquet", unit.verdicts_sha256)
+def read_verdicts(store: ObjectStore, part: Verdicts, columns: Sequence[str] = VERDICT_COLUMNS) -> pa.Table:
+    """Some columns, `row` among them, of the verdicts on staged rows. Raises ShardDamaged."""
+    data = read_checked(store, part.key, part.sha256)
     table = pa.parquet.read_table(io.BytesIO(data), columns=list(columns))
     return table.filter(pa.compute.is_valid(table["row"]))
 

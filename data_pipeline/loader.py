@@ -8,7 +8,6 @@ held-out evaluation.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,16 +15,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from data_pipeline.ahead import HORIZON, Ahead, shards_needed
-from data_pipeline.config import Settings
 from data_pipeline.draws import Draws
 from data_pipeline.families import KNOWN_FAMILIES
+from data_pipeline.loader_settings import LoaderSettings
 from data_pipeline.order import SampleOrder, micro_batches
 from data_pipeline.shard_reader import Columns, Rows, empty_columns
 from data_pipeline.shards import Dataset, ShardDamaged
@@ -33,27 +31,6 @@ from data_pipeline.storage.cache import machine_cache
 from data_pipeline.substitutes import Integers, Place, Substitutes
 
 Prepare = Callable[[Rows, Draws], Any]
-Positive = Annotated[int, Field(gt=0)]
-
-MOST_THREADS = 8  # that `auto` gives: beyond that Python's lock is what they wait for
-
-
-class LoaderSettings(Settings):
-    """How batches are brought, which changes none of them; but for damage, see `on_damage`."""
-
-    threads: Literal["auto"] | Positive = (
-        "auto"  # that read and decode; auto: this rank's share of the cores, at most 8
-    )
-    ahead: Positive = 4  # global batches prepared ahead
-    # A record batch whose stored bytes are damaged: end the run; or take the rows of the next whole one instead.
-    on_damage: Literal["stop", "substitute"] = "stop"
-
-    def threads_of(self, ranks_here: int) -> int:
-        """Threads of one of `ranks_here` ranks on this machine."""
-        if self.threads != "auto":
-            return self.threads
-        return min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // ranks_here))
-
 
 DEFAULTS = LoaderSettings()
 

@@ -5,12 +5,13 @@ it is dropped, if it is; broken ones (as opposed to filtered ones) are in the qu
 stored last, commits all of it; a committed unit is never scored again with the same settings. Called by the corpus
 builder, once per unit.
 
-    units/<unit digest>-<settings digest>/manifest.json  verdicts.parquet  quarantine.parquet  rows.arrow
+    units/<unit digest>-<settings digest>/manifest.json  verdicts-00000.parquet …  quarantine.parquet  rows.bin
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from data_pipeline import images, manifests
-from data_pipeline.arrow_files import BATCH_ROWS, write_arrow
+from data_pipeline.arrow_files import BATCH_ROWS
 from data_pipeline.captions import CaptionError, CaptionPolicy, chosen_captions, normalise
 from data_pipeline.config import state_folder
 from data_pipeline.digests import content_digest
@@ -33,12 +34,16 @@ from data_pipeline.manifests import Document, digest_of
 from data_pipeline.perceptual_hash import HASH_VERSION, perceptual_hashes
 from data_pipeline.records import RECORDS_VERSION, Record, Rejected
 from data_pipeline.sources import Unit, read_records
-from data_pipeline.staging import STAGED_SCHEMA, Survivor, stage
+from data_pipeline.staging import STAGED_FILE, STAGED_SCHEMA, Survivor, write_staged
 from data_pipeline.storage import ObjectStore
 from data_pipeline.tokenizer import TOKENIZER_SHA256
 
-FORMAT = "glidepath-unit-3"
-UNIT_FILES = ("rows.arrow", "verdicts.parquet", "quarantine.parquet")  # that a unit's manifest commits
+FORMAT = "glidepath-unit-4"
+# Of a unit's verdict table: what one task of the judge pass holds at least, so that a unit may have any number of rows.
+PART_ROWS = 2**18
+QUARANTINE = "quarantine.parquet"
+# The names of what a unit's manifest commits.
+UNIT_FILE = rf"(?:{re.escape(STAGED_FILE)}|verdicts-[0-9]{{5,}}\.parquet|{re.escape(QUARANTINE)})"
 NAMED_BAD_RECORDS = 10  # in a unit's manifest and in messages; the quarantine table has all
 
 # Records that are scored together: BATCH_ROWS of them, or as many as have these bytes.
@@ -69,7 +74,7 @@ VERDICT_SCHEMA = pa.schema(
         "pixels_digest": pa.binary(32),  # of the 256 px picture as it is stored
         "perceptual_hash": pa.uint64(),
         "reason": pa.utf8(),  # null: kept by this pass
-        "row": pa.int64(),  # in rows.arrow; null if dropped
+        "row": pa.int64(),  # among the staged rows; null if dropped
     }
 )
 QUARANTINE_SCHEMA = pa.schema({"key": pa.utf8(), "reason": pa.utf8(), "detail": pa.utf8()})
@@ -118,7 +123,7 @@ class Table:
             self._write_group()
 
     def store(self, store: ObjectStore, key: str) -> Document:
-        """Its size and digest. No row may be added afterwards."""
+        """Its rows, size and digest. No row may be added afterwards."""
         self._write_group()
         self._writer.close()
         size, digest = self._file.tell(), hashlib.sha256()
@@ -130,7 +135,7 @@ class Table:
                 yield piece
 
         store.put(key, pieces())
-        return {"bytes": size, "sha256": digest.hexdigest()}
+        return {"rows": self.rows, "bytes": size, "sha256": digest.hexdigest()}
 
     def close(self) -> None:
         self._writer.close()
@@ -143,18 +148,18 @@ class Table:
 
 
 class Tables:
-    """What the pass learns about the unit's records, as rows of the two tables."""
+    """What the pass learns about the unit's records, as rows of the two tables. The verdicts are in parts."""
 
     def __init__(self) -> None:
-        self.verdicts, self.quarantine = Table(VERDICT_SCHEMA), Table(QUARANTINE_SCHEMA)
+        self.verdicts, self.quarantine = [Table(VERDICT_SCHEMA)], Table(QUARANTINE_SCHEMA)
         self.bad: list[dict[str, str]] = []  # the first of the quarantine
         self.dropped: Counter[str] = Counter()
         self.kept = self.pictures = 0
         self.columns: set[str] = set()  # that pictures have, whichever
 
     def close(self) -> None:
-        self.verdicts.close()
-        self.quarantine.close()
+        for table in (*self.verdicts, self.quarantine):
+            table.close()
 
     def add(self, verdict: Verdict) -> None:
         """A pair with a `reason` is dropped; with a `detail` as well it is broken, not filtered. Others are kept."""
@@ -169,7 +174,9 @@ class Tables:
             self.quarantine.append(broken)
             if len(self.bad) < NAMED_BAD_RECORDS:
                 self.bad.append(broken)
-        self.verdicts.append(verdict)
+        if self.verdicts[-1].rows == PART_ROWS:
+            self.verdicts.append(Table(VERDICT_SCHEMA))
+        self.verdicts[-1].append(verdict)
 
 
 @dataclass(slots=True)
@@ -196,6 +203,15 @@ def row_id(unit_digest: str, key: str, caption_index: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(bytes.fromhex(unit_digest) + named).digest()[:8], "big")
 
 
+def verdicts_key(prefix: str, part: int) -> str:
+    return f"{prefix}verdicts-{part:05d}.parquet"
+
+
+def _is_whole(store: ObjectStore, prefix: str, committed: Document) -> bool:
+    verdicts = (verdicts_key(prefix, part) for part in range(len(committed["verdicts"])))
+    return all(map(store.exists, (f"{prefix}{STAGED_FILE}", f"{prefix}{QUARANTINE}", *verdicts)))
+
+
 def score_unit(
     store: ObjectStore, settings: ScoreSettings, unit: Unit, records: Iterable[Record | Rejected] | None = None
 ) -> Document:
@@ -206,25 +222,25 @@ def score_unit(
     prefix = settings.prefix(unit.digest)
     committed = manifests.read(store, f"{prefix}manifest.json")
     # The data too: a worker that outlived its driver may have committed just what the next build's sweep removed.
-    if committed is not None and all(store.exists(f"{prefix}{name}") for name in UNIT_FILES):
+    if committed is not None and _is_whole(store, prefix, committed):
         return committed
     with closing(Tables()) as tables:
-        batches = _staged(unit, records, settings, tables)
-        rows = write_arrow(store, f"{prefix}rows.arrow", STAGED_SCHEMA, batches, with_digest=False)
+        rows = write_staged(store, prefix, _survivors(unit, records, settings, tables))
         _refuse_absent_columns(unit, settings.limits, tables)
-        verdicts = tables.verdicts.store(store, f"{prefix}verdicts.parquet")
-        quarantine = tables.quarantine.store(store, f"{prefix}quarantine.parquet")
+        parts = enumerate(tables.verdicts)
+        verdicts = [table.store(store, verdicts_key(prefix, part)) for part, table in parts]
+        quarantine = tables.quarantine.store(store, f"{prefix}{QUARANTINE}")
     document = {
         "format": FORMAT,
         "unit": unit.digest,
         "bytes": unit.bytes,
         "settings": settings.digest(),
-        "in": tables.verdicts.rows,
+        "in": sum(part["rows"] for part in verdicts),
         "out": tables.kept,
         "dropped": dict(tables.dropped),
         "quarantined": tables.quarantine.rows,
         "bad": tables.bad,
-        "rows": rows.to_json(),
+        "rows": rows,
         "verdicts": verdicts,
         "quarantine": quarantine,
     }
@@ -240,18 +256,11 @@ def _refuse_absent_columns(unit: Unit, limits: Thresholds, tables: Tables) -> No
         raise UserError(name, expected, f"in none; there are: {there}", "name another column, or leave that input out")
 
 
-def _staged(
+def _survivors(
     unit: Unit, records: Iterable[Record | Rejected] | None, settings: ScoreSettings, tables: Tables
-) -> Iterator[pa.RecordBatch]:
-    waiting: list[Survivor] = []
+) -> Iterator[list[Survivor]]:
     for batch in _batches(read_records(unit) if records is None else records):
-        waiting += _score(unit, batch, settings, tables)
-        if len(waiting) >= BATCH_ROWS:
-            whole = len(waiting) // BATCH_ROWS * BATCH_ROWS
-            yield from (stage(waiting[start : start + BATCH_ROWS]) for start in range(0, whole, BATCH_ROWS))
-            del waiting[:whole]
-    if waiting:
-        yield stage(waiting)
+        yield list(_score(unit, batch, settings, tables))
 
 
 def _batches(records: Iterable[Record | Rejected]) -> Iterator[list[Record | Rejected]]:

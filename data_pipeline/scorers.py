@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_pipeline import manifests
-from data_pipeline.arrow_files import BATCH_ROWS, ArrowFile, damaged
+from data_pipeline.arrow_files import BATCH_ROWS, damaged
 from data_pipeline.config import Settings
 from data_pipeline.errors import UsageError
 from data_pipeline.families import BASE_SIDE, FAMILIES
@@ -57,11 +57,16 @@ class Scorer(Protocol):
         """Each column as float32 [b], of b captions and pictures uint8 [b, 64, 64, 3]; nan where it cannot tell."""
 
 
-class ScorerPool(Protocol):
-    """A scorer wherever it runs: `map` yields score_columns(store, prefix, scorer) of each prefix, in any order."""
+class AddsColumns(Protocol):
+    """What a threshold on scores needs to know of a scorer."""
 
     @property
     def columns(self) -> tuple[str, ...]: ...
+
+
+class ScorerPool(AddsColumns, Protocol):
+    """A scorer wherever it runs: `map` yields score_columns(store, prefix, scorer) of each prefix, in any order."""
+
     @property
     def digest(self) -> str: ...
     def map(self, store: ObjectStore, prefixes: Sequence[str]) -> Iterator[Document]: ...
@@ -89,7 +94,7 @@ def score_columns(store: ObjectStore, prefix: str, scorer: Scorer) -> Document:
     unit = manifests.read(store, f"{prefix}manifest.json")
     if unit is None:
         raise damaged(f"{store.uri}/{prefix}manifest.json", "a manifest", "nothing")
-    table = _score(StagedUnit(store, f"{prefix}rows.arrow", ArrowFile.from_json(unit["rows"])), unit["out"], scorer)
+    table = _score(StagedUnit(store, prefix, unit["rows"], unit["out"]), unit["out"], scorer)
     sink = io.BytesIO()
     pa.parquet.write_table(table, sink)
     data = sink.getvalue()
@@ -151,9 +156,9 @@ def first_failed(scores: Mapping[str, NDArray[np.float32]], judged: Judged) -> N
     return reasons
 
 
-def refuse_unscored(judged: Judged, pools: Sequence[ScorerPool]) -> None:
+def refuse_unscored(judged: Judged, scorers: Sequence[AddsColumns]) -> None:
     """Raise UsageError for a threshold on a column that no scorer adds, or a column that two add."""
-    columns = [column for pool in pools for column in pool.columns]
+    columns = [column for scorer in scorers for column in scorer.columns]
     for column, _, _ in judged.columns:
         if column not in columns:
             there = ", ".join(columns) or "none, for `scorers` is empty"
@@ -169,11 +174,6 @@ def digests_in_force(judged: Judged, pools: Sequence[ScorerPool]) -> list[str]:
     return sorted(pool.digest for pool in pools if judging & set(pool.columns))
 
 
-def is_committed_by(key: str) -> str | None:
-    """The manifest that commits a stored table of scores; None for any other object."""
-    return key.removesuffix(".parquet") + ".json" if "/scores-" in key and key.endswith(".parquet") else None
-
-
 def _name(prefix: str, digest: str) -> str:
     return f"{prefix}scores-{digest[:16]}"
 
@@ -183,7 +183,7 @@ def _score(staged: StagedUnit, rows: int, scorer: Scorer) -> pa.Table:
     schema = pa.schema([("id", pa.uint64()), *((column, pa.float32()) for column in scorer.columns)])
     batches = []
     for start in range(0, rows, BATCH_ROWS):
-        batch = [staged.row(FAMILIES["base"], row) for row in range(start, min(start + BATCH_ROWS, rows))]
+        batch = staged.rows(FAMILIES["base"], start, min(start + BATCH_ROWS, rows))
         images64 = np.frombuffer(b"".join(row["image64"] for row in batch), np.uint8)
         scores = scorer(
             [bytes(row["caption"]).decode() for row in batch], images64.reshape(-1, BASE_SIDE, BASE_SIDE, 3)

@@ -11,6 +11,7 @@ dataset. Data without a manifest is ignored and may be swept. Called by the corp
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -249,16 +250,16 @@ def commit_dataset(store: ObjectStore, identity: Document, families: list[Docume
 def verify_dataset(dataset: Dataset | str) -> list[Bad]:
     """Every part, of an opened dataset or of the one that a URI names, that is not as it was committed.
 
-    Reads every byte. An empty list means that all of them are those that the builder wrote.
+    Reads every byte, and the table of rows that were judged out where it lies beside the dataset. An empty list means
+    that all of them are those that the builder wrote.
     """
     try:
         opened = open_dataset(dataset) if isinstance(dataset, str) else dataset
         manifests.read(opened.store, f"{opened.prefix}manifest.json")
     except UserError as error:
         return [Bad(error.name, error.expected, error.found)]
-    return [
-        bad for family in sorted({*opened.families(), *opened.manifest["families"]}) for bad in _bad_in(opened, family)
-    ]
+    families = sorted({*opened.families(), *opened.manifest["families"]})
+    return [bad for family in families for bad in _bad_in(opened, family)] + list(_bad_dropped(opened))
 
 
 def _bad_in(dataset: Dataset, family: str) -> Iterator[Bad]:
@@ -278,3 +279,17 @@ def _bad_in(dataset: Dataset, family: str) -> Iterator[Bad]:
             dataset.shard_file(family, index)
         except UserError as error:
             yield Bad(error.name, error.expected, error.found)
+
+
+def _bad_dropped(dataset: Dataset) -> Iterator[Bad]:
+    """The table of rows that were judged out. A dataset that was copied alone is whole without it."""
+    about = dataset.manifest.get("dropped_rows")
+    if about is None:
+        return
+    try:
+        store = output_of(dataset)
+    except UserError:
+        return
+    found = digest_of_object(store, about["key"], hashlib.sha256)
+    if found is not None and found != about["sha256"]:
+        yield Bad(f"{store.uri}/{about['key']}", f"sha256 {about['sha256']}", found)

@@ -63,3 +63,9 @@ def test_the_lower_floors_import_where_no_service_is_installed() -> None:
     blocked = "import sys\nsys.modules.update(dict.fromkeys(['ray', 'mlflow', 'deepspeed', 'boto3']))\n"
     imports = "".join(f"import {module}\n" for module in lower)
     subprocess.run([sys.executable, "-c", blocked + imports], check=True, cwd=ROOT)
+
+
+def test_the_gpu_benchmark_imports_where_only_torch_numpy_pydantic_and_yaml_are_installed() -> None:
+    absent = "pyarrow cv2 PIL tokenizers ftfy simplejpeg isal blake3 ray mlflow boto3 deepspeed"
+    code = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}.split()))\nimport benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

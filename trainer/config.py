@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from data_pipeline.config import Settings
 from data_pipeline.errors import UsageError
-from data_pipeline.loader import LoaderSettings
+from data_pipeline.loader_settings import LoaderSettings
 from trainer.diffusion.samplers import SamplerName
 from trainer.diffusion.steps import Clip
 
@@ -284,7 +284,8 @@ class TrainConfig(Settings):
         return (self.dataset,) if isinstance(self.dataset, str) else tuple(share.uri for share in self.dataset)
 
     def for_evaluation(self) -> TrainConfig:
-        """The same run without what is random in training only; recipes with more of it extend this."""
+        """The same run without what is random, or worth its while, in training only; recipes with more of it extend
+        this."""
         return self.model_copy(update={"dropout": 0.0})
 
     def micro_batch_size(self) -> int:

@@ -77,9 +77,10 @@ def load_trained(uri: str, kind: WeightsKind = "ema") -> Trained:
     Raises UserError if there is none, it does not verify, or it is of another version.
     """
     checkpoint = open_checkpoint(uri)
-    recipe = make_recipe(checkpoint.config)
-    modules = {name: part.build().eval() for name, part in recipe.parts().items()}
+    parts = make_recipe(checkpoint.config.for_evaluation()).parts()
+    modules = {name: part.build().eval() for name, part in parts.items()}
     read_weights(checkpoint, {name: dict(module.named_parameters()) for name, module in modules.items()}, kind)
+    recipe = make_recipe(checkpoint.config)
     return Trained(checkpoint.uri, checkpoint.config, recipe, modules, checkpoint.manifest.position)
 
 

@@ -1,13 +1,14 @@
 """Files: one file of an input, on this machine or elsewhere, and files that an input names.
 
 Always holds: a file that cannot be opened is a UserError that names it; what an input names is looked for under the
-input's own folder alone, and no link on the way is followed; of nothing more than a stated size is read. Called by the
-readers of each kind.
+input's own folder alone, and no link on the way is followed; of nothing more than a stated size is read; a folder here
+and a prefix of a bucket that hold the same are the same files. Called by the readers of each kind.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from data_pipeline.digests import ContentHash
 from data_pipeline.errors import UserError
 from data_pipeline.records import FILE_LIMIT_BYTES, text_key
 from data_pipeline.sources.remote import RemoteFile, asked, find_remote, is_remote, open_remote, sibling
+
+log = logging.getLogger(__name__)
 
 READ_BYTES = 2**20
 
@@ -67,7 +70,8 @@ class SourceFile:
 
     def beside(self, endings: Sequence[str], ending: str) -> SourceFile | None:
         """The file of the same name but for its ending, if there is one; of an http(s):// address there is none."""
-        stem = next(self.uri.removesuffix(known) for known in (*endings, "") if self.uri.endswith(known))
+        known = next((known for known in endings if self.uri.lower().endswith(known)), "")
+        stem = self.uri[: len(self.uri) - len(known)]
         if self.remote is None:
             return SourceFile(stem + ending) if Path(stem + ending).is_file() else None
         remote = sibling(self.remote, stem + ending)
@@ -75,9 +79,11 @@ class SourceFile:
 
 
 def find_files(uri: str, anonymous: bool, endings: tuple[str, ...], name: str) -> list[SourceFile]:
-    """The file that a URI names, or those with one of the endings in the folder, or under the `s3://` prefix.
+    """The file that a URI names, or those with one of the endings anywhere in the folder, or under the `s3://` prefix,
+    but for what begins with a dot.
 
-    `name` is the input's in messages. Raises UserError where there is none.
+    `endings` are in lower case, and hold for names in any. `name` is the input's in messages. Raises UserError where
+    there is none, or something else under such a name.
     """
     listed = ", ".join(endings)
     if is_remote(uri):
@@ -87,13 +93,50 @@ def find_files(uri: str, anonymous: bool, endings: tuple[str, ...], name: str) -
         return [SourceFile(file.uri, file) for file in found]
     path = Path(uri).absolute()
     if path.is_dir():
-        files = sorted(child for child in path.iterdir() if child.name.endswith(endings) and child.is_file())
+        files = _files_beneath(path, endings, name)
         if not files:
             raise UserError(name, f"files ending in {listed}", "none in that folder", "correct uri")
-        return [SourceFile(str(file)) for file in files]
+        return files
     if not path.is_file():
         raise UserError(name, f"a file, or a folder of files ending in {listed}", "nothing", "correct uri")
     return [SourceFile(str(path))]
+
+
+def _files_beneath(folder: Path, endings: tuple[str, ...], input_: str) -> list[SourceFile]:
+    found = []
+    for name in names_beneath(folder):
+        path = folder / name
+        if name.lower().endswith(endings):
+            # A link to a file is one: Hugging Face's cache is made of such.
+            if not path.is_file():
+                next_step = "remove it, or mend what it links to"
+                raise UserError(f"input {path}", "a file", "a link to none, a pipe or a device", next_step)
+            found.append(SourceFile(str(path)))
+        elif path.is_dir():
+            log.warning("%s: %s is a link to a folder and not followed; give it as an input of its own", input_, path)
+    return found
+
+
+def names_beneath(folder: Path) -> list[str]:
+    """The path in the folder of everything that is not a folder, links to folders included, sorted as a bucket does.
+
+    Without what begins with a dot: the state of programs, such as this one's. Raises UserError for a folder within that
+    cannot be listed.
+    """
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        found += [Path(parent, name) for name in (*files, *links) if not name.startswith(".")]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _refuse(error: OSError) -> None:
+    """os.walk would pass over a folder that cannot be listed, and all files in it."""
+    found = error.strerror or str(error)
+    raise UserError(
+        f"input folder {error.filename}", "a folder that can be listed", found, "make it readable"
+    ) from None
 
 
 def is_safe(name: str) -> bool:

@@ -1,29 +1,28 @@
 """Folders: pictures with a caption file beside each, or with captions in a jsonl.
 
-Always holds: no link is followed and nothing outside the folder is read; every picture and every line of a jsonl is one
-record, together or each alone. A picture's captions are those of the line that names it, else the `.txt` file beside
-it. A line (Hugging Face's `metadata.jsonl`, and any other `*.jsonl`) has `file_name`, relative to the jsonl's folder,
-and `text`, `caption` or `captions`; its numbers become columns. Lines are read again when their picture is, so that
-memory holds names and places alone. Called by units.py.
+Always holds: no link is followed and nothing outside the folder is read; every picture, every `.txt` file and every
+line of a jsonl is one record, together or each alone; files of other endings are none. A picture's captions are those
+of the line that names it, else the `.txt` file beside it. A line (Hugging Face's `metadata.jsonl`, and any other
+`*.jsonl`) has `file_name`, relative to the jsonl's folder, and `text`, `caption` or `captions`; its numbers become
+columns. Lines are read again when their picture is, so that memory holds names and places alone. Called by units.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data_pipeline.digests import ContentHash, content_digest
-from data_pipeline.errors import UserError
 from data_pipeline.records import IMAGE_SUFFIXES, TEXT_LIMIT_BYTES, Record, Rejected, text_key
 from data_pipeline.sources import fields
-from data_pipeline.sources.files import Unusable, is_safe, open_beneath, read_beneath
+from data_pipeline.sources.files import Unusable, is_safe, names_beneath, open_beneath, read_beneath
 from data_pipeline.storage import canonical_json
 
 LIST_ENDING = ".jsonl"
+CAPTION_ENDING = ".txt"
 FILE_NAME = "file_name"
 
 
@@ -46,7 +45,7 @@ class Lines:
 def digest_of(folder: Path) -> tuple[str, int]:
     """A digest of all that the folder holds, and its size in bytes; reads all of it."""
     content, size = [], 0
-    for name in _names(folder):
+    for name in names_beneath(folder):
         if name.endswith(LIST_ENDING):
             digest, bytes_ = _list_digest(folder, name)
         else:
@@ -57,15 +56,20 @@ def digest_of(folder: Path) -> tuple[str, int]:
 
 
 def read_records(folder: Path) -> Iterator[Record | Rejected]:
-    """One record for each picture, by its path in the folder; then the lines without a picture."""
-    names = _names(folder)
+    """One record for each picture, by its path in the folder; then the lines and the `.txt` files without a picture."""
+    names = names_beneath(folder)
     lines = _lines(folder, [name for name in names if name.endswith(LIST_ENDING)])
     pictures = {name for name in names if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES}
     there = set(names)
-    for name in sorted(pictures | (lines.by_picture.keys() & there)):
+    pictures |= lines.by_picture.keys() & there
+    for name in sorted(pictures):
         yield _record(folder, name, lines.by_picture.get(name))
     for name in sorted(lines.by_picture.keys() - there):
         yield Rejected(text_key(name), "image_missing", f"named in {text_key(lines.by_picture[name].jsonl)}")
+    beside = {_caption_of(name) for name in pictures}
+    for name in names:
+        if name.lower().endswith(CAPTION_ENDING) and name not in pictures and _caption_of(name) not in beside:
+            yield Rejected(text_key(name), "image_missing", "no picture of its name beside it")
     yield from lines.rejected
 
 
@@ -85,12 +89,16 @@ def _record(folder: Path, name: str, line: Line | None) -> Record | Rejected:
 
 
 def _caption_beside(folder: Path, name: str) -> bytes:
-    caption = PurePosixPath(name).with_suffix(".txt")
+    caption = _caption_of(name)
     try:
-        return read_beneath(folder, str(caption), TEXT_LIMIT_BYTES)
+        return read_beneath(folder, caption, TEXT_LIMIT_BYTES)
     except Unusable as unusable:
         reason = "caption_missing" if unusable.reason == "missing" else unusable.reason
-        raise Unusable(reason, text_key(caption.name)) from None
+        raise Unusable(reason, text_key(PurePosixPath(caption).name)) from None
+
+
+def _caption_of(picture: str) -> str:
+    return str(PurePosixPath(picture).with_suffix(CAPTION_ENDING))
 
 
 def _lines(folder: Path, jsonls: list[str]) -> Lines:
@@ -160,24 +168,3 @@ def _list_digest(folder: Path, name: str) -> tuple[str, int]:
     except Unusable as unusable:
         return unusable.reason, 0
     return content.hexdigest(), size
-
-
-def _names(folder: Path) -> list[str]:
-    """The path in the folder of everything that is not a folder, links to folders included, sorted.
-
-    What begins with a dot is left out. Raises UserError for a folder that cannot be listed.
-    """
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        found += [Path(parent, name) for name in (*files, *links) if not name.startswith(".")]
-    return sorted(path.relative_to(folder).as_posix() for path in found)
-
-
-def _refuse(error: OSError) -> None:
-    """os.walk would pass over a folder that cannot be listed, and all pictures in it."""
-    found = error.strerror or str(error)
-    raise UserError(
-        f"input folder {error.filename}", "a folder that can be listed", found, "make it readable"
-    ) from None

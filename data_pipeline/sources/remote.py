@@ -69,7 +69,7 @@ def find_remote(uri: str, anonymous: bool, endings: tuple[str, ...]) -> list[Rem
     parts = urlsplit(uri)
     if parts.scheme != "s3":
         return [RemoteFile(public_uri(uri), parts.query, anonymous)]
-    if uri.endswith(endings):
+    if uri.lower().endswith(endings):
         return [RemoteFile(uri, anonymous=anonymous)]
     from data_pipeline.storage.s3 import S3Store
 
@@ -78,7 +78,7 @@ def find_remote(uri: str, anonymous: bool, endings: tuple[str, ...]) -> list[Rem
     return [
         RemoteFile(f"{folder.uri}/{info.key}", anonymous=anonymous)
         for info in folder.list()
-        if info.key.endswith(endings)
+        if info.key.lower().endswith(endings) and "/." not in f"/{info.key}"
     ]
 
 

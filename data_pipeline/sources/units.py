@@ -9,6 +9,7 @@ builder; to add a kind, add it to Kind and to the three functions with one line 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from data_pipeline.sources.files import SourceFile, find_files
 from data_pipeline.sources.remote import is_remote, public_uri
 from data_pipeline.storage import canonical_json
 
+log = logging.getLogger(__name__)
+
 Kind = Literal["webdataset", "img2dataset", "parquet", "folder", "demo"]
 ENDINGS = {
     "webdataset": webdataset.TAR_ENDINGS,
@@ -33,10 +36,12 @@ ENDINGS = {
     "parquet": parquet.PARQUET_ENDINGS,
 }
 
+SHOWN_REPEATS = 10  # of the units that are left out, in the log
+
 
 class Input(Settings):
-    """One input of a corpus. `uri`: a file of its kind or a folder of such, here or at s3://…, or an http(s):// address
-    of a file; a folder of pictures on this machine; for `demo`, `train` or `heldout`."""
+    """One input of a corpus. `uri`: a file of its kind or a folder with such at any depth, here or at s3://…, or an
+    http(s):// address of a file; a folder of pictures on this machine; for `demo`, `train` or `heldout`."""
 
     kind: Kind
     uri: str
@@ -94,7 +99,8 @@ def list_units(
     executor: Executor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Unit]:
-    """The units of all inputs, sorted by digest; content that is given twice is one unit. All of it is read for that.
+    """The units of all inputs, sorted by digest; content that is given twice is one unit, and the others are named in
+    the log. All of it is read for that.
 
     Raises UserError for an input that does not exist, cannot be opened or has no units.
     """
@@ -103,10 +109,19 @@ def list_units(
     for unit in (executor or InlineExecutor()).map(with_digest, found):
         digested.append(unit)
         progress(len(digested), len(found))
-    by_digest = {unit.digest: unit for unit in sorted(digested, key=lambda unit: (unit.digest, unit.uri), reverse=True)}
-    if not by_digest:
+    if not digested:
         raise UserError("corpus", "at least one input", "none", "add inputs=[{kind: …, uri: …}]")
-    return sorted(by_digest.values(), key=lambda unit: unit.digest)
+    units: list[Unit] = []
+    repeats: list[str] = []
+    for unit in sorted(digested, key=lambda unit: (unit.digest, unit.uri)):
+        if units and unit.digest == units[-1].digest:
+            repeats.append(f"{unit.name} as {units[-1].name}")
+        else:
+            units.append(unit)
+    if repeats:
+        shown = "; ".join(repeats[:SHOWN_REPEATS]) + ("; …" if len(repeats) > SHOWN_REPEATS else "")
+        log.warning("%d of %d units hold what another does and are left out: %s", len(repeats), len(digested), shown)
+    return units
 
 
 def find_units(inputs: Sequence[Input]) -> list[Unit]:

@@ -114,6 +114,7 @@ def test_sample_takes_prompts_from_a_file_and_every_setting_from_its_options(
         "--weights": "master",
         "--batch": "2",
         "--device": "cpu",
+        "--upsampler-low-res-level": "0.25",
     }
     words = [word for pair in options.items() for word in pair]
     prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--prompt", "a cat"]
@@ -126,7 +127,8 @@ def test_sample_takes_prompts_from_a_file_and_every_setting_from_its_options(
     assert drawing.items() >= found.items() and drawing["checkpoint"] == drawn["checkpoint"]
     of_base = {"guidance_scale": 1.5, "spacing": "3", "sampler": "ancestral", "clip": "dynamic", "eta": 0.0}
     assert drawing["base"].items() >= (of_base | {"clip_percentile": 0.9, "noise_temperature": 0.98}).items()
-    assert drawing["enlarging"].items() >= {"spacing": "fast27", "noise_temperature": 0.997}.items()
+    of_upsampler = {"spacing": "fast27", "noise_temperature": 0.997, "low_res_level": 0.25}
+    assert drawing["enlarging"].items() >= of_upsampler.items()
 
     for wrong, line in (
         ([], "expected --prompt, or --prompts with a file of them, found no prompt"),
@@ -137,7 +139,12 @@ def test_sample_takes_prompts_from_a_file_and_every_setting_from_its_options(
         (["--prompt", "x", "--weights", "raw"], "key weights: "),
     ):
         assert re.search(line, refused(cli, 2, "sample", store, *wrong))
-    assert "no.png" in refused(cli, 1, "sample", store, "--prompt", "x", "--image", "no.png", "--strength", "0.5")
+    for absent, words in (
+        ("no.png", ["--prompt", "x", "--image", "no.png", "--strength", "0.5"]),
+        ("no.txt", ["--prompts", "no.txt"]),
+    ):
+        line = f"{absent}: expected a path that can be used, found No such file or directory; check it and its rights"
+        assert line in refused(cli, 1, "sample", store, *words)
 
 
 def test_plan_counts_what_training_would_build(cli: Cli) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from pathlib import Path
 
 import pytest
 
 from cluster import cli
+from data_pipeline.filters import Thresholds
+from data_pipeline.score import ScoreSettings
 from data_pipeline.shards import open_dataset, verify_dataset
 
 
@@ -47,13 +50,31 @@ def test_a_sweep_removes_what_a_killed_build_left_and_nothing_else(
 ) -> None:
     output = Path(shutil.copytree(dataset_uri, tmp_path / "output"))
     before = {path for path in output.rglob("*") if path.is_file()}
-    for name in ("judge/scratch-0/gather-00000.rows", "units/dead-0/rows.arrow"):
+    unit = ScoreSettings(Thresholds()).prefix("0" * 64)
+    for name in (f"judge/scratch-{uuid.uuid4().hex}/gather-00000.rows", f"{unit}verdicts-00000.parquet"):
         (output / name).parent.mkdir(parents=True)
         (output / name).write_bytes(b"left")
     for removed in (2, 0):
         assert cli.run(["corpus", "sweep", str(output), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["removed"] == removed
     assert {path for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_build_into_a_folder_with_other_peoples_files_leaves_them_alone(
+    picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = ("datasets/cats/train/data-00000-of-00001.arrow", "units/notes/si.txt", "judge/2026/verdict.docx")
+    for name in mine:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True)
+        (tmp_path / "mine" / name).write_text(name)
+    settings = [
+        f"inputs=[{{kind: folder, uri: {picture_folder}}}]",
+        f"output={tmp_path / 'mine'}",
+        "executor.workers=1",
+    ]
+    assert cli.run(["corpus", "build", "photos", *settings, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] > 0
+    assert [(tmp_path / "mine" / name).read_text() for name in mine] == list(mine)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +87,11 @@ def test_a_sweep_removes_what_a_killed_build_left_and_nothing_else(
         (["export", "absent", "--out", "tars"], 1, "expected one committed dataset, found none"),
         (["export", "{dataset}", "--out", "ftp://there"], 2, "store ftp://"),
         (["inspect", "absent", "--out", "report"], 1, "expected one committed dataset, found none"),
+        (
+            ["inspect", "{dataset}", "--out", __file__],
+            1,
+            "expected a folder, or nothing, found a file; choose another --out",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import html.parser
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import simplejpeg
 from PIL import Image
@@ -17,7 +19,7 @@ from data_pipeline.build import CorpusConfig, build_corpus
 from data_pipeline.config import parse
 from data_pipeline.errors import UserError
 from data_pipeline.inspect import KEPT, inspect
-from data_pipeline.shards import open_dataset
+from data_pipeline.shards import open_dataset, verify_dataset
 
 HOSTILE = '<script>alert(1)</script> & "quotes" <img src=x onerror=alert(1)>'
 
@@ -138,7 +140,54 @@ def test_pictures_that_are_gone_or_others_are_left_out_and_tables_that_are_gone_
     [quarantine] = output.glob("units/*/quarantine.parquet")
     quarantine.rename(tmp_path / "taken")
     try:
-        with pytest.raises(UserError, match=r"quarantine.parquet: expected what the build left"):
+        with pytest.raises(UserError, match=r"quarantine.parquet: expected sha256 \w+, found nothing"):
             inspect(open_dataset(str(output)))
     finally:
         (tmp_path / "taken").rename(quarantine)
+
+
+@pytest.mark.parametrize("name", ["dropped.parquet", "verdicts-00000.parquet", "quarantine.parquet"])
+def test_a_table_that_was_changed_is_not_inspected_as_if_it_were_the_builds(
+    built: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    output = Path(shutil.copytree(built[1], tmp_path / "output"))
+    [table] = output.rglob(name)
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(table).slice(0, 0), table)
+    with pytest.raises(UserError, match=rf"{name}: expected sha256 \w+, found \w+; restore that object"):
+        inspect(open_dataset(str(output)))
+    assert [bad.part for bad in verify_dataset(str(output))] == ([str(table)] if name == "dropped.parquet" else [])
+
+
+def test_a_dataset_that_was_copied_without_the_tables_of_its_build_is_whole(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    alone = Path(shutil.copytree(built[1] / "datasets", tmp_path / "datasets"))
+    assert verify_dataset(str(next(alone.iterdir()))) == []
+    assert verify_dataset(str(next(alone.iterdir()).rename(tmp_path / "renamed"))) == []
+
+
+def test_a_reason_that_no_file_could_be_named_after_has_its_sheet_and_its_place_on_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = []
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+        lines.append(
+            json.dumps({"file_name": f"{number}.jpg", "text": f"picture {number}", "clip/a score": number / 4})
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    values = {
+        "inputs": [{"kind": "folder", "uri": str(folder)}],
+        "output": str(tmp_path / "out"),
+        "filters": {"preset": "none", "columns": {"clip/a score": {"min": 0.5}}},
+    }
+    build_corpus(parse(CorpusConfig, values, "test"))
+    assert cli.run(["corpus", "inspect", str(tmp_path / "out"), "--out", str(tmp_path / "report"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["funnel"]["dropped"] == {"column_low_clip/a score": 2}
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"dropped-column_low_clip%2Fa%20score.png", "index.html", "figures.json"} <= names
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert 'href="#column_low_clip%2Fa%20score">column_low_clip/a score</a>' in page
+    assert 'id="column_low_clip%2Fa%20score">Dropped: column_low_clip/a score' in page

@@ -18,6 +18,7 @@ import yaml
 from numpy.typing import NDArray
 from support import TINY_CLIP
 
+from cluster.cli import run
 from cluster.scorers import RayScorerPool, scorer_pools
 from cluster.training import build_swept
 from data_pipeline import images
@@ -137,6 +138,17 @@ def test_scores_are_those_of_the_model_and_a_threshold_takes_the_worst_pairs(
     filters = {"preset": "none", "scores": {"clip_similarity": {"min": threshold}}}
     stricter = build(corpus_values("out", filters=filters))
     assert stricter["funnel"] == {"in": 96, "out": 65, "dropped": {"column_low_clip_similarity": 31}}
+
+
+def test_a_plan_names_the_scorers_that_are_in_no_figure_and_loads_none(
+    corpus_values: Any, clip_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, executor in enumerate(({"kind": "inline"}, {"kind": "ray", "workers": 2})):
+        scorer = {"kind": "noised_clip", "checkpoint": clip_run, "device": "cuda"}  # neither Ray nor a GPU is needed
+        path = tmp_path / f"corpus-{number}.yaml"
+        path.write_text(yaml.safe_dump(corpus_values("out", executor=executor, scorers=[scorer])))
+        assert run(["plan", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["not_counted"] == [f"scorer {clip_run}"]
 
 
 @pytest.fixture

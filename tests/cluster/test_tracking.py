@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ import trainer.run
 import trainer.tracking.background
 from cluster.faults import faulty_link
 from cluster.tracking import TrackedRun
+from cluster.utilisation import Utilisation
 from data_pipeline.storage import LocalStore
 from trainer.config import TrainConfig
 from trainer.engine.group import Group
@@ -23,6 +27,8 @@ from trainer.recipes import parse_train_config
 from trainer.run import prepare_run, tracking_folder
 from trainer.tracking.jsonl import read_curves, read_events
 from trainer.tracking.leftovers import DRIVERS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_slow_and_a_hung_rank_are_events_of_the_run_where_they_happened(
@@ -126,12 +132,34 @@ def test_mfu_is_the_counted_arithmetic_of_the_steps_by_the_peak_of_the_gpus(
     system = {"event": "system", "node": "node-a", "figures": {}}
     with TrackedRun(config) as tracked:
         tracked.begin(1, 2)  # two of the four found room
-        wait_for(lambda: tracked._utilisation._flops_per_image)
         for number in range(1, 4):
             tracked.watch({"event": "progress", "images": 16 * number, "time/step_s": 2.0})
+            wait_for(lambda: tracked._utilisation._flops_per_image)
             tracked.watch(system | {"images": 16 * number, "gpu": "NVIDIA H200"})
         tracked.watch({"event": "progress", "images": 64, "time/step_s": 6.0})
         tracked.watch(system | {"images": 64, "gpu": "Some other GPU"})
         tracked.end("FINISHED")
     expected = 16 / 2.0 * flops / (2 * 989e12)
     assert read_curves(tracking_folder(config))["mfu"] == {48: pytest.approx(expected)}
+
+
+def test_nothing_is_counted_for_mfu_before_a_step_is_done(train_values: Callable[..., dict[str, Any]]) -> None:
+    threads = threading.active_count()
+    Utilisation(parse_train_config(train_values(launcher={"device": "cuda"}), "test"))
+    assert threading.active_count() == threads
+
+
+def test_a_driver_that_ends_while_mfu_is_counted_ends_with_its_own_exit_code() -> None:
+    """As a daemon, the thread that counts had the interpreter abort: exit code 134 or 139."""
+    code = """
+import sys
+from cluster.utilisation import Utilisation
+from data_pipeline.config import find_config, read_values
+from trainer.recipes import parse_train_config
+
+values = read_values(find_config("train", "glide-base-released"), ["dataset=/nowhere", "launcher.device=cuda"])
+Utilisation(parse_train_config(values, "test")).stepped({"event": "progress", "images": 16, "time/step_s": 0.1})
+sys.exit(1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (1, "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from data_pipeline import build as build_module
 from data_pipeline import images, score
-from data_pipeline.build import CorpusConfig, build_corpus, inspect_dataset, resolve_output
+from data_pipeline.build import CorpusConfig, build_corpus, inspect_dataset, resolve_output, sweep_build
 from data_pipeline.config import find_config, parse, read_values
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UsageError, UserError
+from data_pipeline.executor import InlineExecutor
+from data_pipeline.inspect import inspect
+from data_pipeline.judge import KeepList, judge
+from data_pipeline.judge_rows import Task
 from data_pipeline.shards import open_dataset, verify_dataset
 from data_pipeline.sources import Input, reopen
+from data_pipeline.storage import open_store
 
 
 def build(output: Path, *inputs: Path, kind: str = "webdataset", **settings: Any) -> dict[str, Any]:
@@ -44,6 +51,35 @@ def test_building_twice_and_with_two_workers_gives_identical_bytes(tmp_path: Pat
     assert first["dataset_id"] == second["dataset_id"] == parallel["dataset_id"]
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
     assert verify_dataset(first["uri"]) == []
+
+
+def test_a_unit_of_many_records_is_judged_in_parts_and_gives_the_same_dataset(
+    tmp_path: Path, two_tars: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(tmp_path / "whole", *two_tars, dedup={"near": 4})
+    tasks: list[Sequence[int]] = []
+
+    class Watching(InlineExecutor):
+        def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+            for item in items:
+                if isinstance(item, Task) and item.step == "gather":
+                    tasks.append([part.rows for part in item.verdicts])
+                yield function(item)
+
+    monkeypatch.setattr(score, "PART_ROWS", 7)
+    monkeypatch.setattr(build_module, "judge", partial(judge, task_rows=8))
+    entries = [{"kind": "webdataset", "uri": str(tar)} for tar in two_tars]
+    config = CorpusConfig(inputs=entries, output=str(tmp_path / "parts"), shard_rows=10, dedup={"near": 4})
+    assert build_corpus(config, Watching())["dataset_id"] == whole["dataset_id"]
+    assert sorted(map(list, tasks)) == [[3], [6], [7], [7], [7]]
+    found, expected = (
+        {name: digest for name, digest in contents(tmp_path / folder).items() if not name.startswith("units/")}
+        for folder in ("parts", "whole")
+    )
+    assert found == expected
+    assert inspect(open_dataset(str(tmp_path / "parts"))).to_json() == (
+        inspect(open_dataset(str(tmp_path / "whole"))).to_json()
+    )
 
 
 def test_the_summary_accounts_for_every_record(tmp_path: Path, two_tars: tuple[Path, Path]) -> None:
@@ -134,11 +170,11 @@ def test_a_corpus_of_which_nothing_is_left_is_refused_in_one_line(tmp_path: Path
 
 def test_a_damaged_staged_row_is_found_before_it_reaches_a_shard(tmp_path: Path, two_tars: tuple[Path, Path]) -> None:
     build(tmp_path / "out", *two_tars)
-    path = next((tmp_path / "out" / "units").rglob("rows.arrow"))
+    path = next((tmp_path / "out" / "units").rglob("rows.bin"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"rows.arrow row \d+: expected crc32"):
+    with pytest.raises(UserError, match=r"rows.bin row \d+: expected crc32"):
         build(tmp_path / "out", *two_tars, seed=1)
     left = [path for path in (tmp_path / "out" / "judge").rglob("*") if path.is_file() and "scratch" in str(path)]
     assert left == []  # in a bucket nobody would sweep them
@@ -233,3 +269,79 @@ def test_presets_parse_and_have_an_output(name: str, monkeypatch, tmp_path: Path
     assert resolve_output(config, name).output == str(tmp_path / "datasets" / name)
     assert resolve_output(config.model_copy(update={"output": "x"}), name).output == "x"
     assert (config.budget is None) == (name in ("photos", "web"))
+
+
+@pytest.mark.parametrize("place", ["folder", "moto"])
+def test_a_sweep_takes_what_has_a_builds_names_and_nothing_else(
+    place: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    store = open_store(str(tmp_path) if place == "folder" else request.getfixturevalue("moto_uri"))
+    unit, dataset = f"units/{64 * 'a'}-{16 * 'b'}", f"datasets/{64 * 'c'}"
+    left = [
+        *(
+            f"{unit}/{name}"
+            for name in ("verdicts-00000.parquet", "quarantine.parquet", "scores-0123456789abcdef.parquet")
+        ),
+        f"{dataset}/base/shard-00000.arrow",
+        f"judge/scratch-{32 * 'd'}/gather-00000.rows",
+        f"judge/{16 * 'c'}/dropped.parquet",
+    ]
+    of_others = [
+        "datasets/cats/train/data-00000-of-00001.arrow",
+        f"{dataset}/base/data-00000-of-00001.arrow",
+        f"{dataset}/faces/shard-00000.arrow",
+        "judge/2026/verdict.docx",
+        f"judge/{16 * 'c'}/verdict.docx",
+        "judge/scratch-paper/notes.txt",
+        "units/notes/scores-2026.parquet",
+        "units/notes/si.txt",
+        f"{unit}/notes.txt",
+    ]
+    for name in (*left, *of_others):
+        store.put(name, [b"bytes"])
+    assert sweep_build(store) == len(left)
+    assert [info.key for info in store.list()] == sorted(of_others)
+    assert sweep_build(store) == 0
+
+
+def test_an_output_that_an_input_would_read_is_refused_before_anything_is_read(
+    tmp_path: Path, make_jpeg: Callable, make_corpus: Callable, moto_uri: str
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "one.jpg").write_bytes(make_jpeg(1))
+    (pictures / "one.txt").write_text("a picture")
+    (tmp_path / "link").symlink_to(pictures)
+    for output in (pictures, pictures / "deep" / "out", tmp_path / "link" / "out"):
+        with pytest.raises(UsageError, match=r"output .*: expected a folder outside the inputs, found one in folder"):
+            build(output, pictures, kind="folder")
+    tar = make_corpus(tmp_path / "tars" / "a.tar", range(3))
+    sets = {"sets": [{"kind": "folder", "uri": str(pictures)}]}
+    with pytest.raises(UsageError, match="found one in folder"):
+        build(pictures / "out", tar, decontaminate=sets)
+    for place in (moto_uri, str(tmp_path)):
+        inputs = [{"kind": "parquet", "uri": f"{place}/pairs/"}]
+        with pytest.raises(UsageError, match=f"found one in parquet {place}/pairs/; choose another output"):
+            build_corpus(CorpusConfig(inputs=inputs, output=f"{place}/pairs/out"))
+    assert sorted(path.name for path in pictures.rglob("*")) == ["one.jpg", "one.txt"]
+
+    # Not read: what begins with a dot, as the state folder does, in a folder of pictures; what is no tar among tars.
+    for output, source, kind in (
+        (pictures / ".glidepath" / "out", pictures, "folder"),
+        (tmp_path / "tars" / "out", tar.parent, "webdataset"),
+    ):
+        first, second = (build(output, source, kind=kind)["dataset_id"] for _ in range(2))
+        assert first == second
+
+
+def test_a_dataset_keeps_the_table_of_dropped_rows_that_it_was_committed_with(
+    tmp_path: Path, two_tars: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(tmp_path / "out", *two_tars)
+    [table] = (tmp_path / "out" / "judge").rglob("dropped.parquet")
+    written = table.read_bytes()
+    with monkeypatch.context() as another_arrow:
+        another_arrow.setattr(KeepList, "write_dropped", lambda keep, key: pytest.fail("written again"))
+        assert build(tmp_path / "out", *two_tars) == first
+    table.unlink()
+    assert build(tmp_path / "out", *two_tars) == first and table.read_bytes() == written

@@ -1,8 +1,9 @@
-"""A corpus build under SIGKILL: of its driver, of a task, of a Ray node, and against a real S3 server on a bad link.
+"""A corpus build under SIGKILL: of its driver, of a task, of a Ray node; into a folder, and into a real S3 server on a
+bad link.
 
-Each time it goes on, or is run again by another executor, and must give what an undisturbed build gave: the same
-dataset id, the same bytes under every key, nothing twice, nothing left over. CI takes one of each kind that needs no
-server, a drill twenty.
+Each time it goes on, or is run again, and must give what an undisturbed build gave: the same dataset id, the same bytes
+under every key, nothing twice, nothing left over. CI takes one of each kind into a folder, a drill twenty of each, and
+four of each into the server.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import simplejpeg
 from support import wait_for
 
 from cluster import processes
+from cluster.faults import FaultyLink
 from cluster.services import LOOPBACK_RAY
 from cluster.training import build_swept
 from data_pipeline.build import CorpusConfig, build_corpus, sweep_build
@@ -180,12 +182,19 @@ class Nodes:
         rows = [row for name in self.leaders for row in processes.members(self.leaders[name], self._mark(name))]
         return [row.pid for row in rows if _command(row.pid).startswith("ray::_run")]
 
-    def kill(self, name: str) -> None:
+    def kill_task(self, chance: random.Random) -> bool:
+        """Whether there was one to kill."""
+        running = self.tasks()
+        return bool(running) and _kill(chance.choice(running))
+
+    def kill_node(self, chance: random.Random) -> bool:
         """What a machine that loses its power does."""
+        name = chance.choice([name for name in self.leaders if name != "head"])
         mark = self._mark(name)
         for row in processes.members(self.leaders[name], mark):
             _kill(row.pid)
         processes.end(self.leaders.pop(name), mark, 0)
+        return True
 
     def close(self) -> None:
         for name in reversed(list(self.leaders)):
@@ -268,14 +277,9 @@ def test_a_build_one_of_whose_tasks_is_killed_goes_on_by_itself(
     chance, output = random.Random(seed), tmp_path / "out"
     nodes.complete()
     _, due = due_at(output, corpus, chance)
-
-    def kill() -> bool:
-        running = nodes.tasks()
-        return bool(running) and _kill(chance.choice(running))
-
     values = corpus.config(str(output), executor={"kind": "ray", "workers": 2})
     build = start_build(values, tmp_path, RAY_ADDRESS=nodes.address, **SEVERAL_NODES)
-    killed = kill_when(build, due, kill)
+    killed = kill_when(build, due, lambda: nodes.kill_task(chance))
     code, stdout, stderr = finish(build)
     assert code == 0, stderr
     assert killed  # whether a retry is told depends on whether the task had handed in its result just before
@@ -289,15 +293,9 @@ def test_a_build_that_loses_a_node_goes_on_with_the_others(
     chance, output = random.Random(seed), tmp_path / "out"
     nodes.complete()
     objects, due = due_at(output, corpus, chance)
-    victim = chance.choice([name for name in nodes.leaders if name != "head"])
-
-    def kill() -> bool:
-        nodes.kill(victim)
-        return True
-
     values = corpus.config(str(output), executor={"kind": "ray", "workers": 2})
     build = start_build(values, tmp_path, RAY_ADDRESS=nodes.address, **SEVERAL_NODES)
-    killed = kill_when(build, due, kill)
+    killed = kill_when(build, due, lambda: nodes.kill_node(chance))
     code, stdout, stderr = finish(build)
     assert killed, f"it ended before it had {objects} objects: {stdout}{stderr}"
     assert code == 0, stderr
@@ -307,30 +305,59 @@ def test_a_build_that_loses_a_node_goes_on_with_the_others(
 # ------------------------------------------------------------------------------------------------------ S3, a bad link
 
 
+def behind(link: FaultyLink) -> dict[str, str]:
+    """The environment of a build that reaches its store by the link alone. Its tasks would have that of their node,
+    which knows no store, so it is given to them as Ray gives it to the tasks of a submitted job."""
+    store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    store["AWS_ENDPOINT_URL"] = link.url
+    return {**store, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": store}})}
+
+
 @DRILL
-@pytest.mark.parametrize("seed", range(300, 305))
-def test_a_build_into_a_real_s3_server_over_a_bad_link_survives_a_kill_of_its_driver(
-    corpus: Corpus, stack_env: Any, swift_uri: str, faulty_link: Callable[..., Any], tmp_path: Path, seed: int
+@pytest.mark.parametrize("victim", ["driver", "task", "node"])
+@pytest.mark.parametrize("seed", range(300, 304))
+def test_a_build_into_a_real_s3_server_over_a_bad_link_survives_a_kill_of_any_kind(
+    corpus: Corpus,
+    nodes: Nodes,
+    stack_env: Any,
+    swift_uri: str,
+    faulty_link: Callable[..., FaultyLink],
+    tmp_path: Path,
+    seed: int,
+    victim: str,
 ) -> None:
-    chance = random.Random(seed)
+    chance = random.Random(f"{seed} {victim}")
     direct, link = open_store(swift_uri), faulty_link(stack_env.s3)
     link.random, link.cut_share, link.busy_share, link.latency_s = chance, 0.02, 0.1, 0.002
-    objects = chance.randrange(1, len(corpus.objects))
-    values = corpus.config(swift_uri, executor={"kind": "inline", "workers": 2})
-    build = start_build(values, tmp_path, AWS_ENDPOINT_URL=link.url)
-    due = lambda: link.connections > 0 and len(list(direct.list())) >= objects  # noqa: E731
-    killed = kill_when(build, due, lambda: _kill(build.pid), poll_s=0.2)
-    _, stdout, stderr = finish(build)
-    assert killed, f"it ended before it had {objects} objects: {stdout}{stderr}"
+    kind = "inline" if victim == "driver" and seed % 2 else "ray"
+    if kind == "ray":
+        nodes.complete()
+    values = corpus.config(swift_uri, executor={"kind": kind, "workers": 2})
 
-    again = start_build(values, tmp_path, AWS_ENDPOINT_URL=link.url)
-    begun = link.connections
-    wait_for(lambda: link.connections > begun + 2)  # past the check of the store, which is meant to give up soon
+    def start() -> subprocess.Popen[str]:
+        return start_build(values, tmp_path, RAY_ADDRESS=nodes.address, **SEVERAL_NODES, **behind(link))
+
+    objects = chance.randrange(1, len(corpus.objects) * 4 // 5)
+    build = start()
+    kill = {
+        "driver": lambda: _kill(build.pid),
+        "task": lambda: nodes.kill_task(chance),
+        "node": lambda: nodes.kill_node(chance),
+    }[victim]
+    due = lambda: link.connections > 0 and len(list(direct.list())) >= objects  # noqa: E731
+    killed = kill_when(build, due, kill, poll_s=0.2)
+    if victim == "driver":
+        finish(build)
+        wait_for(lambda: not nodes.tasks())  # so that what connects next is the next build
+        begun = link.connections
+        build = start()
+        wait_for(lambda: link.connections > begun + 2)  # past the check of the store, which is meant to give up soon
     link.down = True
     outage = threading.Timer(4.0, lambda: setattr(link, "down", False))
     outage.start()
-    code, stdout, stderr = finish(again)
+    code, stdout, stderr = finish(build)
     outage.join()
     assert code == 0, stderr
+    assert killed, f"it ended before it had {objects} objects: {stdout}{stderr}"
     assert link.cuts > 0 and link.refused > 0
     check_whole(corpus, direct, json.loads(stdout))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_pipeline import corpus_plan
 from data_pipeline.build import build_corpus
 from data_pipeline.corpus import CorpusConfig
 from data_pipeline.corpus_plan import is_corpus, measured, plan_corpus, planned
 from data_pipeline.errors import UserError
+from data_pipeline.filters.language import _identifier
 from data_pipeline.storage import LocalStore
+from data_pipeline.tokenizer import load_bpe
 
 
 def test_the_plan_of_a_corpus_is_near_what_building_it_takes(tmp_path: Path, make_corpus) -> None:
@@ -27,8 +33,40 @@ def test_the_plan_of_a_corpus_is_near_what_building_it_takes(tmp_path: Path, mak
     assert plan["storage_bytes"]["dataset"] == pytest.approx(summary["bytes"], rel=0.1)
     manifests = sum(path.stat().st_size for path in (tmp_path / "out" / "datasets").rglob("shard-*.json"))
     assert plan["manifest_bytes"]["all_shards"] == pytest.approx(manifests, rel=0.3)
-    assert plan["sample"]["records"] == 30 and all(hours >= 0 for hours in plan["core_hours"].values())
+    assert plan["sample"]["records"] == 30
     json.dumps(plan)
+
+
+def test_the_core_hours_of_a_plan_are_near_the_processor_time_of_a_build(tmp_path: Path, make_corpus) -> None:
+    pictures, scale = 600, 10**6
+    entry = {"kind": "webdataset", "uri": str(make_corpus(tmp_path / "a.tar", range(pictures)))}
+    config = CorpusConfig(inputs=[entry], output=str(tmp_path / "out"))
+    load_bpe.cache_clear()  # as in a new process
+    planned_s = plan_corpus(config, pairs=pictures * scale, records=30)["core_hours"]["total"] * 3600 / scale
+    began = time.process_time()
+    build_corpus(config)
+    took_s = time.process_time() - began
+    assert planned_s / 3 < took_s < planned_s * 3
+
+
+def test_what_a_process_loads_once_is_in_no_rate_of_a_plan(
+    tmp_path: Path, make_corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, timed = (load_bpe, _identifier), corpus_plan._timed
+    entry = {"kind": "webdataset", "uri": str(make_corpus(tmp_path / "a.tar", range(20)))}
+    config = CorpusConfig(inputs=[entry], filters={"languages": ["en"], "language_from": 0, "language_confidence": 1})
+
+    def nothing_loaded_in(work: Callable[[], Any]) -> tuple[Any, float]:
+        before = [load.cache_info().misses for load in loads]
+        result = timed(work)
+        assert [load.cache_info().misses for load in loads] == before
+        return result
+
+    for load in loads:
+        load.cache_clear()
+    monkeypatch.setattr(corpus_plan, "_timed", nothing_loaded_in)
+    measured(config, 20, LocalStore(tmp_path / "try"))
+    assert all(load.cache_info().misses == 1 for load in loads)
 
 
 def test_a_plan_grows_in_proportion_and_with_what_is_asked(tmp_path: Path, make_corpus) -> None:

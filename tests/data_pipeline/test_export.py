@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.executor import InlineExecutor
 from data_pipeline.export import export_webdataset
 from data_pipeline.loader import Column, read_rows
-from data_pipeline.shards import open_dataset
+from data_pipeline.shards import open_dataset, verify_dataset
 from data_pipeline.storage import LocalStore, open_store
 from data_pipeline.storage.crash import Crashed, CrashPointStore
 
@@ -108,3 +109,21 @@ def test_an_export_to_a_bucket_has_the_bytes_of_one_to_a_folder(
     bucket = open_store(f"{moto_uri}/tars")
     found = {info.key: hashlib.sha256(bucket.get(info.key)).hexdigest() for info in bucket.list()}
     assert found == contents(tmp_path / "tars")
+
+
+def test_a_folder_that_holds_anything_else_is_not_exported_into(dataset_uri: str, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(dataset_uri, tmp_path / "output"))
+    dataset = output / "datasets" / open_dataset(dataset_uri).id
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "00000.tar").write_bytes(b"of somebody else")
+    for folder, found in ((output, "datasets/"), (dataset, "base/"), (tmp_path / "tars", "00000.tar")):
+        before = set(folder.rglob("*"))
+        with pytest.raises(UserError, match=rf"export .*: expected an empty folder, or one with .*, found {found}"):
+            export_webdataset(str(dataset), str(folder), None, InlineExecutor())
+        assert set(folder.rglob("*")) == before
+    assert verify_dataset(str(output)) == []
+
+    export_webdataset(str(output), str(tmp_path / "whole"), None, InlineExecutor())
+    (tmp_path / "whole" / "00003.tar").write_bytes(b"of somebody else")
+    with pytest.raises(UserError, match=r"found 00003.tar; choose another --out"):
+        export_webdataset(str(output), str(tmp_path / "whole"), None, InlineExecutor())

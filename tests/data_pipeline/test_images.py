@@ -178,6 +178,13 @@ def test_sixteen_bits_keep_their_upper_eight() -> None:
     assert (images.decode(saved(Image.fromarray(grey), "PNG")) == 0xAB).all()
 
 
+def test_the_transparent_value_of_sixteen_bits_lies_on_white_and_no_other_with_the_same_upper_eight() -> None:
+    grey = np.full((8, 8), 300, np.uint16)
+    grey[4:] = 301
+    pixels = images.decode(saved(Image.fromarray(grey), "PNG", transparency=300))
+    assert (pixels[:4] == 255).all() and (pixels[4:] == 300 >> 8).all()
+
+
 @pytest.mark.parametrize("format_", [name for name in images.FORMATS if name != "AVIF"])
 def test_every_listed_format_is_read(format_: str) -> None:
     decoded = images.decode(saved(Image.fromarray(PICTURE), format_))
@@ -192,6 +199,73 @@ def test_the_size_is_checked_before_anything_is_decoded() -> None:
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     with pytest.raises(ImageError, match="image_too_many_pixels: 10000x10000"):
         images.decode(bomb)
+
+
+def with_more_scans(jpeg: bytes, count: int) -> bytes:
+    """A JPEG with its last scan `count` times again."""
+    start = jpeg.rindex(b"\xff\xda")
+    return jpeg[:-2] + jpeg[start:-2] * count + jpeg[-2:]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_that_goes_over_its_pixels_too_often_is_refused_before_it_is_decoded(mode: str) -> None:
+    jpeg = saved(Image.new(mode, (2048, 1024)), "JPEG", progressive=True)
+    most = images.SCANNED_PIXEL_LIMIT // (2048 * 1024)
+    assert images.read_header(with_more_scans(jpeg, most - jpeg.count(b"\xff\xda"))).width == 2048
+    too_many = with_more_scans(jpeg, most + 1 - jpeg.count(b"\xff\xda"))
+    restarts = too_many.replace(b"\xff\xda", b"\xff\xd0\xff\xff\xda")
+    for bomb in (too_many, restarts, too_many.replace(b"\xff\xda", b"junk\xff\x00\xff\xda")):
+        with pytest.raises(ImageError, match=f"image_too_many_scans: 2048x1024, at most {most} scans"):
+            images.read_header(bomb)
+
+
+def test_scans_of_a_small_jpeg_are_bounded_too() -> None:
+    jpeg = saved(Image.new("L", (8, 8)), "JPEG", progressive=True)
+    images.decode(with_more_scans(jpeg, 500))
+    with pytest.raises(ImageError, match="image_too_many_scans"):
+        images.decode(with_more_scans(jpeg, 2**12))
+
+
+def test_scans_of_one_colour_each_are_counted_without_progression() -> None:
+    jpeg = saved(Image.new("RGB", (8, 8)), "JPEG")
+    start = jpeg.index(b"\xff\xda")
+    scan = b"\xff\xda\0\x08\1\1\0\0\x3f\0" + bytes(8)
+    with pytest.raises(ImageError, match="image_too_many_scans"):
+        images.decode(jpeg[:start] + scan * 2**12 + jpeg[-2:])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_looks_like_a_scan_within_a_segment_or_after_the_end_is_none(progressive: bool) -> None:
+    jpeg = saved(Image.fromarray(PICTURE), "JPEG", progressive=progressive)
+    scans = b"\xff\xda\0\2" * 2**13
+    segment = b"\xff\xe5" + struct.pack(">H", len(scans) + 2) + scans
+    np.testing.assert_array_equal(images.decode(jpeg[:2] + segment + jpeg[2:] + scans), images.decode(jpeg))
+
+
+def run_length_bmp(side: int) -> bytes:
+    """One end-of-line code for a picture of side x side."""
+    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 1084, 0, 0, 1078, 40, side, side, 1, 8, 1, 2, 0, 0, 256, 0)
+    return header + bytes(1024) + b"\0\0\0\1"
+
+
+@pytest.mark.parametrize(
+    ("bomb", "line"),
+    [
+        (b"P2 8 8 255\n" + b"#\n" * 2**20, "image_unknown_format: a PNM of written numbers"),
+        (run_length_bmp(8191), "image_unknown_format: a run-length coded BMP"),
+        (
+            saved(Image.fromarray(PICTURE), "PNG")[:33]
+            + (struct.pack(">I4s", 6, b"iCCP") + b"a\0\0xyz" + bytes(4)) * 2000
+            + saved(Image.fromarray(PICTURE), "PNG")[33:],
+            "image_damaged: 2000 iCCP chunks",
+        ),
+    ],
+    ids=["plain-pnm", "run-length-bmp", "png-profiles"],
+)
+def test_what_takes_minutes_to_decode_is_refused_unread(bomb: bytes, line: str) -> None:
+    for read in (images.read_header, images.decode):
+        with pytest.raises(ImageError, match=line):
+            read(bomb)
 
 
 @settings(max_examples=150, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,6 @@ def test_a_sweep_takes_what_a_stopped_judge_left_and_keeps_what_a_dataset_names(
     store = LocalStore(tmp_path / "out")
     kept = [info.key for info in store.list("judge/")]
     assert kept == [f"judge/{summary['dataset_id'][:16]}/dropped.parquet"]
-    store.put("judge/scratch-0/gather-00000.rows", [b"left"])
+    store.put(f"judge/scratch-{uuid.uuid4().hex}/gather-00000.rows", [b"left"])
     store.put("judge/0123456789abcdef/dropped.parquet", [b"of a dataset that was never committed"])
     assert sweep_build(store) == 2 and [info.key for info in store.list("judge/")] == kept

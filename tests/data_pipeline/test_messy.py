@@ -88,7 +88,7 @@ def build_apart(folder: Path, inputs: dict[str, tuple[str, Path]]) -> tuple[dict
 def verdicts(folder: Path, name: str) -> dict[str, str | None]:
     """Each key's reason, null where the score pass kept it."""
     tables = [pa.parquet.read_table(path, columns=["key", "reason"])
-              for path in (folder / "out" / name / "units").rglob("verdicts.parquet")]  # fmt: skip
+              for path in (folder / "out" / name / "units").rglob("verdicts-*.parquet")]  # fmt: skip
     return {row["key"]: row["reason"] for table in tables for row in table.to_pylist()}
 
 

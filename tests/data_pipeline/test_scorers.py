@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipeline.build import build_corpus, sweep_build
+from data_pipeline.build import OWN_NAMES, build_corpus, sweep_build
 from data_pipeline.corpus import CorpusConfig
+from data_pipeline.enrich import enrich
 from data_pipeline.errors import UserError
+from data_pipeline.executor import InlineExecutor
 from data_pipeline.filters import Judged
 from data_pipeline.images import Pixels
 from data_pipeline.manifests import digest_of
@@ -100,6 +102,37 @@ def test_scores_lie_in_the_order_of_the_staged_rows_and_damage_is_found(corpus: 
     assert score_columns(store, f"{path.parent.relative_to(tmp_path / 'out').as_posix()}/", again)["rows"] in (10, ROWS)
     path.with_suffix(".json").unlink()
     assert sweep_build(store) == 1 and not path.exists()
+
+
+def test_every_name_that_builds_and_enrichments_give_is_one_that_a_sweep_takes(
+    corpus: Any, make_corpus: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, write = set(), LocalStore._write_temporary
+
+    def noting(store: LocalStore, path: Path, chunks: Any) -> Path:
+        given.add(path.relative_to(tmp_path / "out").as_posix())
+        return write(store, path, chunks)
+
+    monkeypatch.setattr(LocalStore, "_write_temporary", noting)
+    held_out = {"kind": "webdataset", "uri": str(make_corpus(tmp_path / "held_out.tar", range(5)))}
+    summary, _ = corpus(
+        {"letters": {"max": 17}},
+        dedup={"near": 4},
+        decontaminate={"sets": [held_out]},
+        shard_rows=64,
+    )
+    assert sum(summary["funnel"]["dropped"].values()) > 200
+    enrich(summary["uri"], "tokens_clip", None, InlineExecutor())
+    assert any("/scratch-" in name for name in given) and any("/tokens_clip/" in name for name in given)
+    assert [name for name in given if not any(own.fullmatch(name) for own in OWN_NAMES)] == []
+
+    store = LocalStore(tmp_path / "out")
+    assert sweep_build(store) == 0
+    for name in given:
+        if name.endswith("manifest.json") or ("/shard-" in name and name.endswith(".json")):
+            store.delete(name)
+    store.put("units/notes/si.txt", [b"of somebody else"])
+    assert sweep_build(store) > 0 and [info.key for info in store.list()] == ["units/notes/si.txt"]
 
 
 def test_the_first_limit_that_a_row_does_not_meet_is_its_reason() -> None:

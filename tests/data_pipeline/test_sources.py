@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import webdataset
 
@@ -22,6 +23,8 @@ from data_pipeline.corpus import CorpusConfig
 from data_pipeline.errors import UsageError, UserError
 from data_pipeline.records import Record, Rejected
 from data_pipeline.sources import Input, list_units, read_records
+from data_pipeline.sources.units import find_units, with_digest
+from data_pipeline.storage import open_store
 
 
 def read(kind: str, path: Path) -> list[Record | Rejected]:
@@ -113,6 +116,35 @@ def test_a_folder_is_read_without_following_links_or_opening_pipes(tmp_path: Pat
         Rejected("d.jpg", "not_a_file", "d.jpg"),
         Record("inner/a.JPG", b"picture", (b"caption",)),
     ]
+
+
+def test_a_caption_without_a_picture_is_counted_in_a_folder_as_in_a_tar(tmp_path: Path, make_tar) -> None:
+    samples = {
+        "a.jpg": b"picture", "a.txt": b"caption",
+        "in/b.PNG": b"picture", "in/b.txt": b"caption",
+        "x.svg": b"drawing", "x.txt": b"caption",
+        "alone.txt": b"caption", "in/UPPER.TXT": b"caption",
+    }  # fmt: skip
+    lines = b'{"file_name": "named.txt", "text": "of the line"}\n{"file_name": "gone.jpg", "text": "of none"}'
+    others = {
+        "README": b"of the set", ".hidden.txt": b"caption", ".DS_Store": b"data", "a.json": b"{}",
+        "noext": b"picture", "noext.txt": b"caption", "named.txt": b"picture", "metadata.jsonl": lines,
+    }  # fmt: skip
+    folder = tmp_path / "folder"
+    for name, data in (samples | others).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    assert read("folder", folder) == [
+        Record("a.jpg", b"picture", (b"caption",)),
+        Record("in/b.PNG", b"picture", (b"caption",)),
+        Record("named.txt", b"picture", (b"of the line",)),
+        Rejected("gone.jpg", "image_missing", "named in metadata.jsonl"),
+        Rejected("alone.txt", "image_missing", "no picture of its name beside it"),
+        Rejected("in/UPPER.TXT", "image_missing", "no picture of its name beside it"),
+        Rejected("noext.txt", "image_missing", "no picture of its name beside it"),
+        Rejected("x.txt", "image_missing", "no picture of its name beside it"),
+    ]
+    assert outcomes(read("webdataset", make_tar(tmp_path / "a.tar", samples)))["image_missing"] == 3
 
 
 def test_a_folder_within_that_cannot_be_listed_is_named_not_passed_over(tmp_path: Path, monkeypatch) -> None:
@@ -286,6 +318,68 @@ def test_the_same_content_is_the_same_unit_wherever_it_lies(tmp_path: Path, make
     assert len(units) == 2
     assert [unit.digest for unit in units] == [unit.digest for unit in list_units(inputs[::-1])]
     assert str(other) in {unit.uri for unit in units}
+
+
+def test_units_that_hold_what_another_does_are_counted_and_named_in_the_log(
+    tmp_path: Path, make_tar, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c"):
+        make_tar(tmp_path / "tars" / f"{name}.tar", {"0.jpg": b"j", "0.txt": b"t"})
+    make_tar(tmp_path / "tars" / "d.tar", {"0.jpg": b"j", "0.txt": b"u"})
+    units = list_units([Input(kind="webdataset", uri=str(tmp_path / "tars"))])
+    assert {Path(unit.uri).name for unit in units} == {"a.tar", "d.tar"}
+    (message,) = caplog.messages
+    assert message.startswith("2 of 4 units hold what another does and are left out: webdataset ")
+    assert "b.tar as webdataset" in message and "c.tar as webdataset" in message and "d.tar" not in message
+
+
+TREE = ("a.tar", "C.TAR", "deep/er/b.tgz", "deep.tar", "deep/z.tar", "deep-er.tar")
+
+
+def test_tars_in_a_folder_and_under_a_prefix_are_the_same_units_in_the_same_order(
+    tmp_path: Path, make_tar, moto_uri: str
+) -> None:
+    (tmp_path / "tars").mkdir()
+    store = open_store(f"{moto_uri}/tars")
+    for number, name in enumerate((*TREE, ".x/y.tar", "deep/.z.tar")):  # dots: the state of programs
+        data = make_tar(tmp_path / "0.tar", {"0.jpg": b"j", "0.txt": b"%d" % number}).read_bytes()
+        for key in (name, f"{name}.md5"):
+            (tmp_path / "tars" / key).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "tars" / key).write_bytes(data)
+            store.put(key, [data])
+    here, there = (
+        find_units([Input(kind="webdataset", uri=uri)]) for uri in (str(tmp_path / "tars"), f"{moto_uri}/tars/")
+    )
+    names = [unit.uri.removeprefix(f"{tmp_path}/tars/") for unit in here]
+    assert sorted(names) == sorted(TREE)
+    assert [unit.uri.removeprefix(f"{moto_uri}/tars/") for unit in there] == names
+    assert list(read_records(with_digest(here[names.index("C.TAR")]))) == [Record("0", b"j", (b"1",))]
+    (unit,) = find_units([Input(kind="webdataset", uri=f"{moto_uri}/tars/C.TAR")])
+    assert list(read_records(with_digest(unit))) == [Record("0", b"j", (b"1",))]
+
+
+def test_a_link_to_a_tar_is_read_one_to_a_folder_is_named_and_one_to_nothing_refused(
+    tmp_path: Path, make_tar, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = make_tar(tmp_path / "elsewhere" / "a.tar", {"0.jpg": b"j", "0.txt": b"t"})
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    (tars / "linked.tar").symlink_to(tar)
+    (tars / "folder").symlink_to(tar.parent)
+    (tars / "again").symlink_to(tars)
+    inputs = [Input(kind="webdataset", uri=str(tars))]
+    assert [unit.uri for unit in find_units(inputs)] == [str(tars / "linked.tar")]
+    for name, message in zip(("again", "folder"), caplog.messages, strict=True):
+        assert f"{tars / name} is a link to a folder" in message
+    tar.unlink()
+    with pytest.raises(UserError, match=r"linked\.tar: expected a file, found a link to none"):
+        find_units(inputs)
+
+
+def test_the_parquet_beside_a_tar_is_found_whatever_the_case_of_the_tars_ending(tmp_path: Path, make_tar) -> None:
+    tar = make_tar(tmp_path / "A.TAR", {"0.jpg": b"j", "0.txt": b"t"})
+    pa.parquet.write_table(pa.table({"key": ["1"], "status": ["failed_to_download"]}), tmp_path / "A.parquet")
+    assert outcomes(read("img2dataset", tar)) == {"read": 1, "download_failed": 1}
 
 
 @pytest.mark.parametrize(

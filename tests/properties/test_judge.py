@@ -24,7 +24,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.filters import Judged
 from data_pipeline.judge import KeepList, judge
 from data_pipeline.judge_rows import JudgeSettings, Task, Work
-from data_pipeline.score import VERDICT_SCHEMA
+from data_pipeline.score import VERDICT_SCHEMA, verdicts_key
 from data_pipeline.spills import write_spill
 from data_pipeline.storage import LocalStore
 
@@ -60,6 +60,7 @@ def corpora(draw: st.DrawFn) -> list[list[Verdict]]:
     return units
 
 
+PART_ROWS = 6  # of a unit's verdicts
 SETTINGS = st.builds(
     JudgeSettings,
     seed=st.integers(0, 3),
@@ -86,11 +87,13 @@ def judged(
     with tempfile.TemporaryDirectory() as folder:
         store, scored = Folder(Path(folder)), []
         for number, verdicts in enumerate(units):
-            sink = io.BytesIO()
-            pa.parquet.write_table(pa.Table.from_pylist(list(verdicts), VERDICT_SCHEMA), sink, row_group_size=4)
-            store.put(f"{number}/verdicts.parquet", [sink.getvalue()])
-            out = sum(verdict["row"] is not None for verdict in verdicts)
-            scored.append({"out": out, "verdicts": {"sha256": hashlib.sha256(sink.getvalue()).hexdigest()}})
+            parts = []
+            for start in range(0, len(verdicts), PART_ROWS):
+                part, sink = list(verdicts[start : start + PART_ROWS]), io.BytesIO()
+                pa.parquet.write_table(pa.Table.from_pylist(part, VERDICT_SCHEMA), sink, row_group_size=4)
+                store.put(verdicts_key(f"{number}/", len(parts)), [sink.getvalue()])
+                parts.append({"rows": len(part), "sha256": hashlib.sha256(sink.getvalue()).hexdigest()})
+            scored.append({"out": sum(verdict["row"] is not None for verdict in verdicts), "verdicts": parts})
         prefixes = [f"{number}/" for number in range(len(units))]
         yield judge(store, prefixes, scored, wanted, progress=progress, task_rows=task_rows)
 

@@ -17,7 +17,7 @@ from data_pipeline.loader import MicroBatch, Rows
 from trainer.config import TrainConfig
 from trainer.ema import update_ema
 from trainer.engine.engine import KINDS
-from trainer.engine.group import Group
+from trainer.engine.group import Group, open_group
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.guard import Decision
 from trainer.recipes import parse_train_config
@@ -187,6 +187,15 @@ def test_fp16_is_refused_where_nothing_scales_its_loss(train_values: Values) -> 
         config_of(train_values, precision="fp16")
     config = config_of(train_values, precision="fp16", zero={"stage": 2})
     assert ReplicatedEngine("net", small_net(), config, Group()).precision == "fp32"
+
+
+def test_a_rank_for_which_torch_sees_no_gpu_is_refused_before_it_meets_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seen, local_rank in ((0, 0), (2, 2)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        line = f"launcher.device cuda: expected a GPU number {local_rank} for rank 3, found {seen} that torch sees; set"
+        with pytest.raises(UserError, match=line):
+            open_group(3, 4, "file:///nowhere/rendezvous", "cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")

@@ -19,9 +19,13 @@ from data_pipeline.loader import read_rows
 from data_pipeline.shards import open_dataset
 from data_pipeline.storage import LocalStore
 from trainer.checkpoint.manifest import committed, read_manifest
+from trainer.config import SamplingSettings
 from trainer.engine.group import Group
 from trainer.evaluation.heldout import heldout_bits_per_dimension
+from trainer.models.glide import Glide
 from trainer.recipes import make_recipe, parse_train_config
+from trainer.recipes.glide import GlideConfig
+from trainer.recipes.glide_upsampler import GlideUpsampler
 from trainer.recipes.recipe import Batch, Given, Recipe
 from trainer.run import make_trainee, prepare_run, train
 from trainer.tracking.jsonl import read_curves
@@ -194,6 +198,10 @@ def test_the_low_resolution_is_blurred_and_noised_as_set_and_its_level_told(
     torch.testing.assert_close(spread, angle.sin(), rtol=0.1, atol=1e-3)
     evaluated, _ = prepared(make_recipe(config.for_evaluation()), dataset_uri)
     torch.testing.assert_close(evaluated["low_res"], plain["low_res"])
+    recipe = make_recipe(config)
+    assert isinstance(recipe, GlideUpsampler)
+    drawn = recipe.sample_conditions(dict(plain), Draws(0, np.arange(6)), SamplingSettings(low_res_level=0.25))
+    assert drawn["low_res_level"].tolist() == [0.25] * 6 and not torch.equal(drawn["low_res"], plain["low_res"])
     trained(values)
     config = parse_train_config(
         {**told, "run": "told", "store": f"{told['store']}-told", "parent": told["store"]}, "test"
@@ -226,6 +234,20 @@ def test_bits_per_dimension_of_held_out_rows_do_not_depend_on_the_number_of_rank
     ]
     assert sum(shares) == pytest.approx(bits, rel=1e-5)
     assert min(shares[:2]) > 1 and shares[2] == 0, "two batches: the third rank has none"
+
+
+def test_a_model_trained_compiled_and_checkpointed_is_loaded_as_neither(
+    train_values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling once, from the command line, takes less time than compiling."""
+    compiled: list[Glide] = []
+    monkeypatch.setattr(Glide, "compile_regions", lambda model: compiled.append(model))
+    values = train_values(images=8, compile=True, activation_checkpointing=True)
+    trained(values)
+    assert len(compiled) == 1
+    loaded = load_trained(values["store"])
+    assert len(compiled) == 1 and not loaded.modules["base"].activation_checkpointing
+    assert isinstance(loaded.config, GlideConfig) and loaded.config.compile
 
 
 @pytest.mark.drill

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,20 @@ def test_a_state_dict_that_does_not_fit_names_the_key_and_both_shapes(fault: str
     with pytest.raises(UserError, match=message) as refusal:
         load("base", path)
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_are_no_numbers_or_are_not_dense_are_refused_by_key(tmp_path: Path) -> None:
+    path, key = tmp_path / "file.pt", "input_blocks.0.0.weight"
+    for change, line in (
+        (lambda values: values.flatten().index_fill(0, torch.tensor([3, 5]), torch.nan).view_as(values), "2 of 864"),
+        (lambda values: values.index_fill(0, torch.tensor([0]), -torch.inf), "27 of 864"),
+        (lambda values: values.to_sparse(), "dense tensor, found layout torch.sparse_coo"),
+    ):
+        state = release_states("base", tiny_network("base"))["base.pt"]
+        torch.save({**state, key: change(state[key])}, path)
+        with pytest.raises(UserError, match=rf"file\.pt: {re.escape(key)}: expected .*{line}") as refusal:
+            load("base", path)
+        assert "\n" not in str(refusal.value)
 
 
 class Evil:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cluster.console import show
 from data_pipeline.config import PRESETS, find_config, read_values
 from data_pipeline.errors import UsageError
 from trainer.config import Precision
@@ -75,6 +77,15 @@ def test_the_paper_s_models_are_planned_with_their_published_size(preset: str, p
     assert memory.pop("total") == sum(memory.values())
     assert found["evaluation_peak_bytes"] == 0, "neither held-out rows nor prompts are configured"
     assert found["micro_batch"] * found["accumulation"] * found["cluster"]["workers"] >= 512
+
+
+def test_the_docs_show_what_the_plan_of_the_base_model_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    shown = re.search(r"glidepath plan glide-base-3.5b --gpu h200 --utilisation 0.5\n(.*?)```", page, re.DOTALL)
+    assert shown
+    show({name: value for name, value in planned("glide-base-3.5b").items() if name != "choices"}, as_json=False)
+    told = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert told > {" ".join(line.split()) for line in shown[1].splitlines()} - {"…"}
 
 
 @pytest.mark.parametrize(

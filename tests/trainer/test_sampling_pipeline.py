@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.drawing import DrawSettings, draw_to_folder, load_models, make_pipeline
+from cluster.drawing import DrawSettings, draw_to_folder, load_models, make_pipeline, unguidable
 from data_pipeline.config import parse
 from data_pipeline.draws import Draws
 from data_pipeline.errors import UserError
@@ -284,6 +284,17 @@ def test_a_prompt_that_is_cut_and_guidance_that_was_not_trained_are_told_once(ur
     ]
 
 
+@pytest.mark.parametrize(("base", "upsampler"), [(2.0, 1.0), (1.0, 3.0), (2.0, 3.0), (1.0, 1.0)])
+def test_guidance_that_was_not_trained_is_told_of_each_stage_that_has_some(
+    uris: Uris, base: float, upsampler: float
+) -> None:
+    enlarging = FEW_STEPS_UP.model_copy(update={"guidance_scale": upsampler})
+    settings = settings_of(uris, "base", "upsampler", base=changed(guidance_scale=base), enlarging=enlarging)
+    told = [line.partition(" trained")[0] for line in unguidable(settings, load_models(settings))]
+    expected = ["guidance 2: expected a base model"] * (base != 1)
+    assert told == expected + ["upsampler-guidance 3: expected an upsampler"] * (upsampler != 1)
+
+
 def test_progress_counts_every_step_of_every_batch(uris: Uris) -> None:
     seen: list[tuple[int, int, str]] = []
     settings = settings_of(uris, "base", "upsampler", batch=3)
@@ -323,6 +334,11 @@ def test_what_does_not_fit_is_refused_in_one_line(uris: Uris, photograph: Path, 
         (("base",), {"clip": uris["clip-large"]}, "pixels a side: expected the base model's 16, found 32"),
         (("base",), {"base": changed(spacing="2000")}, "--spacing: expected steps such as"),
         (("base", "upsampler"), {"enlarging": changed(spacing="x")}, "--upsampler-spacing: expected steps such as"),
+        (
+            ("base", "upsampler"),
+            {"enlarging": FEW_STEPS_UP.model_copy(update={"low_res_level": 0.1})},
+            "--upsampler-low-res-level: expected 0 for an upsampler that is not told of noise, found 0.1",
+        ),
         (("base", "upsampler"), {"image": small, "mask": small}, "expected something to draw anew"),
         (("base",), {"image": page, "base": half}, "picture .*page.png: expected a picture file, found image_unknown"),
         (("base",), {"image": photograph, "mask": other}, "expected the size of .*, 80 x 40 px, found 40 x 80 px"),

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.errors import UserError
 from trainer.watch import Watch
 
 
@@ -84,8 +85,12 @@ def open_group(
 
     Tensors in this machine's memory go by gloo, those on a GPU by NCCL; `cuda` is the GPU number LOCAL_RANK.
     `timeout_s` bounds a collective. It must outlast what rank 0 does alone, such as drawing a grid; a rank that dies is
-    noticed by the launcher long before.
+    noticed by the launcher long before. Raises UserError where torch sees no such GPU, before anybody is met.
     """
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda" and number >= (seen := torch.cuda.device_count()):
+        expected, next_step = f"a GPU number {number} for rank {rank}", "set launcher.device=cpu, or fewer workers"
+        raise UserError("launcher.device cuda", expected, f"{seen} that torch sees", next_step)
     if world_size > 1:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
@@ -96,6 +101,5 @@ def open_group(
         )
     if device == "cpu":
         return Group(rank, world_size, watch=watch)
-    number = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(number)
     return Group(rank, world_size, f"cuda:{number}", watch)

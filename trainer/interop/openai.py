@@ -33,7 +33,7 @@ def load_release(kind: Kind, arguments: Mapping[str, Any], path: str | Path) -> 
     state dict whose keys begin with image_encoder. and text_encoder. instead.
 
     Raises UsageError for arguments that are unknown or not computed here, UserError if a file is absent, is no state
-    dict of tensors, or one of its keys does not fit: the line names the key and both shapes.
+    dict of tensors, one of its keys does not fit (the line names the key and both shapes), or a weight is no number.
     """
     state = read_state(kind, Path(path))
     with torch.device("meta"):
@@ -41,6 +41,7 @@ def load_release(kind: Kind, arguments: Mapping[str, Any], path: str | Path) -> 
     refuse_misfit(str(path), {name: values.shape for name, values in module.state_dict().items()}, state)
     # A copy: what torch mapped from the file would change with it.
     copies = {name: values.to(torch.float32, copy=True).contiguous() for name, values in state.items()}
+    refuse_not_finite(str(path), copies)
     module.load_state_dict(copies, assign=True)
     return module.eval()
 
@@ -91,6 +92,8 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(values, Tensor) or not values.is_floating_point():
             found = f"{values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
             raise UserError(f"{file}: {name}", "a tensor of weights", found, "give the file of the weights alone")
+        if values.layout is not torch.strided:
+            raise UserError(f"{file}: {name}", "a dense tensor", f"layout {values.layout}", "save it by to_dense()")
     return state
 
 
@@ -119,6 +122,16 @@ def refuse_misfit(source: str, expected: Mapping[str, torch.Size], state: Mappin
             (f"shape {list(found[bad[0]])}" if bad[0] in found else "none") + more,
             "give the kind and the arguments that the file was made with",
         )
+
+
+def refuse_not_finite(source: str, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError naming the first key with NaN or infinity, which would draw black pictures, and how many more."""
+    bad = [name for name, values in state.items() if not values.isfinite().all()]
+    if bad:
+        count, total = int((~state[bad[0]].isfinite()).sum()), state[bad[0]].numel()
+        more = f" (and {len(bad) - 1} more keys have some)" if len(bad) > 1 else ""
+        found = f"NaN or infinity in {count} of {total} values{more}"
+        raise UserError(f"{source}: {bad[0]}", "finite weights", found, "fetch it again, or give another file")
 
 
 def release_file_name(kind: Kind) -> str:

@@ -124,7 +124,8 @@ class GlideConfig(TrainConfig):
         # A text-free model is judged as it was trained: without captions.
         kept = 1.0 if self.caption_dropout == 1.0 else 0.0
         uniform = self.diffusion.model_copy(update={"timesteps": "uniform"})
-        return self.model_copy(update={"dropout": 0.0, "caption_dropout": kept, "diffusion": uniform})
+        training_only = {"dropout": 0.0, "activation_checkpointing": False, "compile": False}
+        return self.model_copy(update={**training_only, "caption_dropout": kept, "diffusion": uniform})
 
 
 def to_model_range(images: NDArray[np.uint8]) -> Tensor:

@@ -71,7 +71,7 @@ class NoisedClipTrainConfig(TrainConfig):
         return self
 
     def for_evaluation(self) -> NoisedClipTrainConfig:
-        return self.model_copy(update={"dropout": 0.0, "logit_normal": None})
+        return self.model_copy(update={"dropout": 0.0, "logit_normal": None, "activation_checkpointing": False})
 
 
 class NoisedClipRecipe(Recipe):
