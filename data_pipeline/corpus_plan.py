@@ -125,6 +125,7 @@ def planned(config: CorpusConfig, pairs: int, sample: Sample) -> dict[str, Any]:
         "not_counted": _not_counted(config),
         "storage_bytes": storage | {"total": sum(storage.values()) - storage["source"]},
         "dataset_bytes": families,
+        "bucket_reads": {"emit": round(shards * reads_of_a_shard(config.shard_rows, units))},
         "manifest_bytes": {
             "one_shard": round(sample.shard_manifest_bytes_per_batch * batches),
             "all_shards": round(sample.shard_manifest_bytes_per_batch * batches * shards * len(FAMILIES)),
@@ -134,6 +135,13 @@ def planned(config: CorpusConfig, pairs: int, sample: Sample) -> dict[str, Any]:
         "agreeing_blocks": None if near is None else choose_bands(near, max(rows, 2)).agreeing,
         "sample": {name: _rounded(value) for name, value in vars(sample).items()},
     }
+
+
+def reads_of_a_shard(rows: int, units: int) -> float:
+    """Requests to a bucket of one emit task: the manifest and the index of every unit that a row of it comes from, which
+    are so many on average, and each row once for every family."""
+    touched = units * (1 - (1 - 1 / units) ** rows)
+    return 2 * touched + len(FAMILIES) * rows
 
 
 def _not_counted(config: CorpusConfig) -> list[str]:

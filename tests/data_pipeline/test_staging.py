@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline.arrow_files import ShardDamaged
 from data_pipeline.build import build_corpus
 from data_pipeline.corpus import CorpusConfig
+from data_pipeline.corpus_plan import reads_of_a_shard
 from data_pipeline.families import FAMILIES
 from data_pipeline.shards import open_dataset
 from data_pipeline.staging import INDEX_ROWS, STAGED_FILE, StagedUnit, Survivor, write_staged
@@ -23,18 +24,20 @@ ROWS = 40
 
 
 class DistantStore(LocalStore):
-    """As a bucket: no path on this machine; counts the bytes of staged rows that are asked for."""
+    """As a bucket: no path on this machine; counts what is asked of staged rows."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.staged_bytes = 0
+        self.staged_bytes = self.staged_reads = 0
 
     def local_path(self, key: str) -> None:  # type: ignore[override]
         return None
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         data = super().get_range(key, start, length)
-        self.staged_bytes += len(data) if key.endswith(STAGED_FILE) else 0
+        if key.endswith(STAGED_FILE):
+            self.staged_bytes += len(data)
+            self.staged_reads += 1
         return data
 
 
@@ -131,3 +134,7 @@ def test_a_shard_reads_from_a_bucket_a_few_times_what_it_writes_however_many_uni
     written = open_dataset(str(tmp_path / "out")).manifest["bytes"]
     # Each family reads its rows whole, and their places; here a shard takes one row in forty of a unit.
     assert 0 < store.staged_bytes < 3 * written
+    # Of the manifests, which a plan counts as well, there are as many as of the indices.
+    reads = units * rows // shard_rows * reads_of_a_shard(shard_rows, units)
+    indices = store.staged_reads - 2 * units * rows
+    assert store.staged_reads + indices == pytest.approx(reads, rel=0.05)
