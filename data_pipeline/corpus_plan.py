@@ -138,8 +138,8 @@ def planned(config: CorpusConfig, pairs: int, sample: Sample) -> dict[str, Any]:
 
 
 def reads_of_a_shard(rows: int, units: int) -> float:
-    """Requests to a bucket of one emit task, on average: the manifest and the index of every unit that a row of the shard
-    comes from, and each row once for every family."""
+    """Requests to a bucket of one emit task, on average: the manifest and the index of every unit that a row of the
+    shard comes from, and each row once for every family."""
     touched = units * (1 - (1 - 1 / units) ** rows)
     return 2 * touched + len(FAMILIES) * rows
 
