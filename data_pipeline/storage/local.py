@@ -12,6 +12,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, takewhile
 from pathlib import Path, PurePosixPath
 
@@ -118,10 +119,7 @@ class LocalStore:
         return (temporary.parent / name).relative_to(self.root).as_posix()
 
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or ".." in parts or parts[-1].startswith(TEMPORARY):
-            raise ValueError(f"object key {key!r}: expected a relative path inside the store")
-        return self.root.joinpath(*parts)
+        return _path_of(self.root, key)
 
     def _write_temporary(self, path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
         self._make_folder(path.parent)
@@ -173,3 +171,11 @@ class LocalStore:
 
     def _sync_folder(self, folder: Path) -> None:
         self._sync(folder)
+
+
+@lru_cache(4096)  # a shard asks for thousands of rows of as many objects
+def _path_of(root: Path, key: str) -> Path:
+    parts = PurePosixPath(key).parts
+    if not parts or key.startswith("/") or ".." in parts or parts[-1].startswith(TEMPORARY):
+        raise ValueError(f"object key {key!r}: expected a relative path inside the store")
+    return root.joinpath(*parts)
