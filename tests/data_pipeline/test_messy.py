@@ -131,6 +131,7 @@ REFUSED_PICTURES = {
     "image_too_many_pixels": ["bombs/derived__12000x12000_rgb.png", "broken/imagers__Bad_reallybig.bmp"],
     "image_unknown_format": [
         "bombs/pillow__decompression_bomb.ico",
+        "broken/imagers__Bad_unusual_extend_buffer_usage.bmp",  # run-length coded
         "broken/pillow__broken.png",
         "broken/pillow__hopper_unknown_pixel_mode.tif",
         "broken/pillow__not_enough_data.jp2",
@@ -144,7 +145,6 @@ REFUSED_PICTURES = {
         "bombs/pillow__png_decompression_dos.png",
         "broken/exifsamples__corrupted.jpg",
         "broken/imagers__Bad_clrsUsed.bmp",
-        "broken/imagers__Bad_unusual_extend_buffer_usage.bmp",
         "broken/pillow__crash-0c7e0e8e11ce787078f00b5b0ca409a167f070e0.tif",
         "broken/pillow__crash-0e16d3bfb83be87356d026d66919deaefca44dac.tif",
         "broken/pillow__crash-1185209cf7655b5aed8ae5e77784dfdd18ab59e9.tif",

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,15 @@ def test_a_run_of_an_older_format_goes_on_at_another_world_size(
         opened(self, *arguments)
         self.id = written["order"]["dataset_id"]  # its own changes with every change of the corpus builder
 
+    families: Callable[..., dict[str, Any]] = Dataset.family_manifest
+
+    def read_as_it_is(self: Dataset, family: str) -> dict[str, Any]:
+        as_it_is = copy(self)
+        as_it_is.id = self.manifest["id"]
+        return families(as_it_is, family)
+
     monkeypatch.setattr(Dataset, "__init__", opened_as_it_was)
+    monkeypatch.setattr(Dataset, "family_manifest", read_as_it_is)
     (state_folder / "datasets").mkdir(parents=True)
     (state_folder / "datasets" / written["config"]["dataset"]).symlink_to(dataset_uri)
     config = parse_train_config({**written["config"], "store": store.uri, "images": 64}, "test")
