@@ -64,6 +64,7 @@ RUNS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "clip": ("small-noised-clip", 61440, ()),
     "clip-2": ("small-noised-clip", 61440, ("seed=1",)),
 }
+Curves = dict[str, dict[int, float]]
 INPAINTING = ("inpaint-base", "inpaint-base-v", "inpaint-upsampler")
 
 
@@ -80,12 +81,13 @@ def main() -> None:
     datasets = {share: built(options.corpus, options.home, share) for share in ("train", "heldout")}
     heldout = open_dataset(datasets["heldout"])
     report: dict[str, Any] = {"machine": machine(), "held_out_pictures": heldout.rows, "runs": {}}
-    trained = {}
+    trained, curves = {}, {}
     for name in RUNS:
-        report["runs"][name] = train(name, options.home, datasets, options.scale)
+        report["runs"][name], curves[name] = train(name, options.home, datasets, options.scale)
         trained[name] = load_trained(str(options.home / "runs" / name))
-        print(name, {k: v for k, v in report["runs"][name].items() if k != "curves"}, flush=True)
-    plot({name: run["curves"] for name, run in report["runs"].items()})
+        print(name, report["runs"][name], flush=True)
+    plot(curves)
+    (OUT / "curves.json").write_text(json.dumps(curves) + "\n")
     report["inpainting"] = {name: inpainting(trained[name], heldout) for name in INPAINTING}
     report["retrieval"] = {name: retrieval(trained[name], heldout) for name in ("clip", "clip-2")}
     report["clip_guidance"] = clip_guidance(trained, heldout)
@@ -129,8 +131,8 @@ def read_pictures(corpus: Path) -> Iterator[tuple[bytes, list[str]]]:
                 yield picture.read(), json.loads(about.read())["captions"]
 
 
-def train(name: str, home: Path, datasets: dict[str, str], scale: float) -> dict[str, Any]:
-    """Train to the half, then go on from the checkpoint to the end."""
+def train(name: str, home: Path, datasets: dict[str, str], scale: float) -> tuple[dict[str, Any], Curves]:
+    """Train to the half, then go on from the checkpoint to the end: figures, and curves by name and images."""
     preset, images, changes = RUNS[name]
     values = read_values(find_config("train", preset), changes)
     batch = values["batch"]
@@ -141,15 +143,19 @@ def train(name: str, home: Path, datasets: dict[str, str], scale: float) -> dict
     for until in (images // 2, images):
         result = train_run(parse_train_config({**values, "images": until}, name))
     tracking = Path(store, "tracking")
-    curves = {key: points for key, points in read_curves(tracking).items() if key.startswith(("loss/", "heldout/"))}
+    curves = {
+        key: {at: float(f"{value:.4g}") for at, value in points.items()}
+        for key, points in read_curves(tracking).items()
+        if key.startswith(("loss/", "heldout/"))
+    }
     quartiles = [key for key in curves if key.startswith("loss/q")]
-    return {
+    figures = {
         "images": result["images"],
         "resumes": [event["text"] for event in read_events(tracking, "resume")],
         "first_and_last_tenth": {key: ends(curves[key]) for key in ["loss/total", *sorted(quartiles)]},
         "heldout": [curves["heldout/total"][at] for at in sorted(curves["heldout/total"])],
-        "curves": curves,
     }
+    return figures, curves
 
 
 def ends(points: dict[int, float]) -> list[float]:
@@ -159,7 +165,7 @@ def ends(points: dict[int, float]) -> list[float]:
     return [float(np.median(values[:tenth])), float(np.median(values[-tenth:]))]
 
 
-def plot(runs: dict[str, dict[str, dict[int, float]]]) -> None:
+def plot(runs: dict[str, Curves]) -> None:
     figure, axes = plt.subplots(3, 3, figsize=(15, 12), layout="constrained")
     for axis, (name, curves) in zip(axes.flat, runs.items(), strict=False):
         # A recipe that draws no timestep of a quartile has no curve of it.
