@@ -34,14 +34,15 @@ def stop_on_signals(clock: Callable[[], float] = time.monotonic) -> Iterator[thr
     main thread."""
     stop = threading.Event()
     first_s = clock()
+    heard = threading.Lock()  # of the first signal: another one may interrupt this very handler at any place
 
     def heed(*_: object) -> None:
         nonlocal first_s
-        if not stop.is_set():
+        if heard.acquire(blocking=False):
             first_s = clock()
             stop.set()
             os.write(2, SAVING)  # print may be what the signal has interrupted, and refuses to be entered again
-        elif clock() - first_s >= AGAIN_AFTER_S:
+        elif stop.is_set() and clock() - first_s >= AGAIN_AFTER_S:
             raise Interrupted
 
     before = {number: signal.signal(number, heed) for number in SIGNALS}

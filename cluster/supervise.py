@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from cluster.attempt_log import AttemptLog
@@ -68,7 +69,7 @@ def supervise(
     seconds, by default less when `stop` is set; `clock` gives seconds.
     """
     with DriverLease(run.store) as lease:
-        return _Driver(run, launcher, restart, stop, lease, clock, pause or stop.wait).drive()
+        return _Driver(run, launcher, restart, stop, lease, clock, pause or partial(_sleep_unless, stop)).drive()
 
 
 class _Driver:
@@ -331,6 +332,13 @@ class _Driver:
         except OSError as error:
             # What the attempt itself came to matters more: a later `stop` looks at the driver, nothing else.
             log.warning("attempt %d %s, but its end could not be recorded: %s", record.attempt, record.outcome, error)
+
+
+def _sleep_unless(stop: threading.Event, seconds: float) -> None:
+    """Not `stop.wait`: a signal handler that came while this very thread holds the event's lock could never set it."""
+    until = time.monotonic() + seconds
+    while not stop.is_set() and time.monotonic() < until:
+        time.sleep(RELAY_POLL_S)
 
 
 def _stopped_at_its_newest(store: ObjectStore) -> Event:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Protocol, cast
 
 from data_pipeline import manifests
@@ -303,9 +303,12 @@ def _would_read(entry: Input, store: ObjectStore) -> bool:
     if entry.kind not in ("folder", "parquet"):
         return False
     uri, units = public_uri(entry.uri), store.local_path("units")
+    folder: PurePath
+    output: PurePath
     if units is None or is_remote(uri):
-        return f"{store.uri}/".startswith(f"{uri.rstrip('/')}/")
-    folder, output = Path(uri).resolve(), units.parent.resolve()
+        folder, output = PurePosixPath(uri), PurePosixPath(store.uri)
+    else:
+        folder, output = Path(uri).resolve(), units.parent.resolve()
     if not output.is_relative_to(folder):
         return False
     return not any(part.startswith(".") for part in output.relative_to(folder).parts)

@@ -50,6 +50,7 @@ STRIP_PIXELS = 2**20  # that are brought to RGB at once
 
 PLAIN_PNM = (b"P1", b"P2", b"P3")
 RUN_LENGTH_BMP = (b"\1\0\0\0", b"\2\0\0\0")  # biCompression: BI_RLE8, BI_RLE4
+OS2_HEADER = b"\x0c\0\0\0"  # its size in bytes
 PNG_START = b"\x89PNG\r\n\x1a\n"
 MOST_PROFILES = 8
 
@@ -316,7 +317,8 @@ def _refuse_bombs(data: bytes) -> None:
     """Raise ImageError for what Pillow decodes in Python, or again and again, so that a small file takes minutes."""
     if data.startswith(PLAIN_PNM):
         raise ImageError("image_unknown_format", "a PNM of written numbers, in which no photograph is stored")
-    if data.startswith(b"BM") and data[30:34] in RUN_LENGTH_BMP:
+    # OS/2's short header has its palette where others tell of compression.
+    if data.startswith(b"BM") and data[14:18] != OS2_HEADER and data[30:34] in RUN_LENGTH_BMP:
         raise ImageError("image_unknown_format", "a run-length coded BMP, in which no photograph is stored")
     # A PNG has one at most; as many as this do not come together by chance in its packed pixels.
     if data.startswith(PNG_START) and (profiles := data.count(b"iCCP")) > MOST_PROFILES:

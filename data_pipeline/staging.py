@@ -12,7 +12,9 @@ All numbers are little-endian; columns are those of all families, values are as 
 
 from __future__ import annotations
 
+import logging
 import struct
+import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-from data_pipeline.arrow_files import VERIFY_CHUNK_BYTES, damaged
+from data_pipeline.arrow_files import VERIFY_CHUNK_BYTES, ShardDamaged, damaged
 from data_pipeline.digests import crc32
 from data_pipeline.families import FAMILIES, Family
 from data_pipeline.images import Pixels
@@ -32,6 +34,8 @@ from data_pipeline.manifests import Document, digest_of
 from data_pipeline.storage import ObjectNotFound, ObjectStore
 from data_pipeline.storage.cache import CacheFull, machine_cache
 from data_pipeline.tokenizer import encode_batch
+
+log = logging.getLogger(__name__)
 
 STAGED_SCHEMA = pa.schema({field.name: field.type for family in FAMILIES.values() for field in family.schema})
 STAGED_FILE = "rows.bin"
@@ -133,6 +137,7 @@ class StagedUnit:
         self._store, self._key, self._staged = store, f"{prefix}{STAGED_FILE}", staged
         self._index_begin = staged["bytes"] - (staged["rows"] + 1) * _OFFSET.itemsize
         self._ends: dict[int, NDArray[np.uint64]] = {}
+        self._reads_index = threading.Lock()  # many threads ask for rows of one piece at once
         self._cached: pa.Buffer | None = None
         self.distant = store.local_path(self._key) is None
         if self.distant and wanted * FEW >= staged["rows"] > 0:
@@ -145,17 +150,15 @@ class StagedUnit:
         """
         try:
             return self._rows(family, start, stop)
-        except _Damage as damage:
-            if self._cached is None and not self.distant:
-                raise damage.told(self._name) from None
+        except ShardDamaged as damage:
+            if not self.distant:
+                raise
+            log.warning("%s as it arrived; reading it from the store once more", damage)
         if self._cached is not None:
             machine_cache().forget(self._cache_name())
             self._cached = None
         self._ends.clear()
-        try:
-            return self._rows(family, start, stop)
-        except _Damage as damage:
-            raise damage.told(self._name) from None
+        return self._rows(family, start, stop)
 
     @property
     def _name(self) -> str:
@@ -164,24 +167,41 @@ class StagedUnit:
     def _rows(self, family: Family, start: int, stop: int) -> list[Row]:
         ends = [self._end(row) for row in range(start, stop + 1)]
         if not all(begin + _HEADER.size <= end <= self._index_begin for begin, end in pairwise(ends)):
-            raise _Damage(start, f"rows that follow each other in {self._index_begin} bytes", f"ends at {ends}")
+            raise self._damaged(start, f"rows that follow each other in {self._index_begin} bytes", f"ends at {ends}")
         data = self._read(ends[0], ends[-1] - ends[0])
         return [
-            _unpacked(family, data[begin - ends[0] : end - ends[0]], row)
+            self._unpacked(family, data[begin - ends[0] : end - ends[0]], row)
             for row, (begin, end) in enumerate(pairwise(ends), start)
         ]
+
+    def _unpacked(self, family: Family, data: memoryview, row: int) -> Row:
+        """The family's values in a row's bytes. Damaged sizes give wrong values, which have another crc32."""
+        if len(data) < _HEADER.size:
+            raise self._damaged(row, f"{_HEADER.size} bytes and more", f"{len(data)}")
+        numbers = _HEADER.unpack_from(data)
+        ends = accumulate(numbers[: len(STAGED_SCHEMA)], initial=_HEADER.size)
+        places = dict(zip(STAGED_SCHEMA.names, pairwise(ends), strict=True))
+        values = {name: data[slice(*places[name])] for name in family.schema.names}
+        expected = numbers[len(STAGED_SCHEMA) + list(FAMILIES).index(family.name)]
+        if (found := crc32_of(family, values)) != expected:
+            raise self._damaged(row, f"crc32 {expected:08x}", f"{found:08x}")
+        return values
+
+    def _damaged(self, row: int, expected: str, found: str) -> ShardDamaged:
+        return damaged(f"{self._name} row {row}", expected, found)
 
     def _end(self, row: int) -> int:
         """Where row `row` begins, and the one before it ends."""
         piece, place = divmod(row, INDEX_ROWS)
-        if piece not in self._ends:
-            first = piece * INDEX_ROWS
-            count = min(INDEX_ROWS, self._staged["rows"] + 1 - first)
-            data = self._read(self._index_begin + first * _OFFSET.itemsize, count * _OFFSET.itemsize)
-            if len(data) != count * _OFFSET.itemsize:
-                raise _Damage(row, f"{self._staged['bytes']} bytes", "less")
-            self._ends[piece] = np.frombuffer(data, _OFFSET)
-        return int(self._ends[piece][place])
+        with self._reads_index:
+            if piece not in self._ends:
+                first = piece * INDEX_ROWS
+                count = min(INDEX_ROWS, self._staged["rows"] + 1 - first)
+                data = self._read(self._index_begin + first * _OFFSET.itemsize, count * _OFFSET.itemsize)
+                if len(data) != count * _OFFSET.itemsize:
+                    raise self._damaged(row, f"{self._staged['bytes']} bytes", "less")
+                self._ends[piece] = np.frombuffer(data, _OFFSET)
+            return int(self._ends[piece][place])
 
     def _read(self, start: int, length: int) -> memoryview:
         if (cached := self._cached) is not None:
@@ -201,7 +221,8 @@ class StagedUnit:
 
         try:
             return machine_cache().open(self._cache_name(), size, pieces, _mapped)
-        except CacheFull:
+        except CacheFull as full:
+            log.warning("%s: %s; reading it from the store, row by row", self._name, full)
             return None
         except ValueError as error:
             raise damaged(self._name, f"{size} bytes", str(error)) from None
@@ -211,28 +232,6 @@ class StagedUnit:
         return digest_of([self._key, self._staged])
 
 
-class _Damage(Exception):
-    def __init__(self, row: int, expected: str, found: str) -> None:
-        self.row, self.expected, self.found = row, expected, found
-
-    def told(self, name: str) -> Exception:
-        return damaged(f"{name} row {self.row}", self.expected, self.found)
-
-
 def _mapped(path: Path) -> pa.Buffer:
     with pa.memory_map(str(path)) as file:  # the mapping outlives the descriptor
         return file.read_buffer()
-
-
-def _unpacked(family: Family, data: memoryview, row: int) -> Row:
-    """The family's values in a row's bytes. Damaged sizes give wrong values, which have another crc32."""
-    if len(data) < _HEADER.size:
-        raise _Damage(row, f"{_HEADER.size} bytes and more", f"{len(data)}")
-    numbers = _HEADER.unpack_from(data)
-    ends = accumulate(numbers[: len(STAGED_SCHEMA)], initial=_HEADER.size)
-    places = dict(zip(STAGED_SCHEMA.names, pairwise(ends), strict=True))
-    values = {name: data[slice(*places[name])] for name in family.schema.names}
-    expected = numbers[len(STAGED_SCHEMA) + list(FAMILIES).index(family.name)]
-    if (found := crc32_of(family, values)) != expected:
-        raise _Damage(row, f"crc32 {expected:08x}", f"{found:08x}")
-    return values

@@ -138,3 +138,21 @@ def test_signals_that_come_in_one_breath_are_one_and_a_later_one_interrupts() ->
         now_s = signals.AGAIN_AFTER_S
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_interrupts_the_handler_of_the_first_is_the_same_breath(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    asked = 0
+
+    def clock() -> float:
+        nonlocal asked
+        asked += 1
+        if asked == 2:  # within the handler
+            signal.raise_signal(signal.SIGINT)
+        return 100.0 * asked
+
+    with stop_on_signals(clock) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_set()
+    assert capfd.readouterr().err == signals.SAVING.decode()

@@ -323,6 +323,8 @@ def test_an_output_that_an_input_would_read_is_refused_before_anything_is_read(
         inputs = [{"kind": "parquet", "uri": f"{place}/pairs/"}]
         with pytest.raises(UsageError, match=f"found one in parquet {place}/pairs/; choose another output"):
             build_corpus(CorpusConfig(inputs=inputs, output=f"{place}/pairs/out"))
+        with pytest.raises(UserError, match="input parquet"):  # there is none: its listing leaves dots out
+            build_corpus(CorpusConfig(inputs=inputs, output=f"{place}/pairs/.state/out"))
     assert sorted(path.name for path in pictures.rglob("*")) == ["one.jpg", "one.txt"]
 
     # Not read: what begins with a dot, as the state folder does, in a folder of pictures; what is no tar among tars.

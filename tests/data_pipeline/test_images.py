@@ -268,6 +268,15 @@ def test_what_takes_minutes_to_decode_is_refused_unread(bomb: bytes, line: str) 
             read(bomb)
 
 
+def test_a_palette_of_an_os2_bmp_is_not_taken_for_run_length_coding() -> None:
+    palette = bytearray(768)
+    palette[4] = 1  # the byte at which a longer header tells of compression
+    header = struct.pack("<2sIHHIIHHHH", b"BM", 0, 0, 0, 26 + 768, 12, 4, 2, 1, 8)
+    data = header + bytes(palette) + bytes([1] * 8)
+    assert data[30:34] == b"\1\0\0\0"
+    assert images.decode(data).tolist() == [[[0, 1, 0]] * 4] * 2
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]), st.data())
 def test_damaged_bytes_never_raise_anything_but_an_image_error(format_: str, data: st.DataObject) -> None:

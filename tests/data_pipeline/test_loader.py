@@ -80,12 +80,22 @@ def test_closing_the_iterator_ends_its_threads_and_an_error_reaches_the_caller(d
         if draws.positions[0] == 16:
             raise RuntimeError("row is bad")
 
+    before = set(threading.enumerate())  # an iterator of another test may not have been collected yet
     batches = Loader(dataset, order, (Column("base", "caption"),), prepare, [(0, 8)]).batches(0, 800)
     next(batches)
     next(batches)
+    own = set(threading.enumerate()) - before
+    assert own and all(thread.name.startswith("loader") for thread in own)
     with pytest.raises(RuntimeError, match="row is bad"):
         next(batches)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+    assert not own & set(threading.enumerate())
+
+    closed = Loader(dataset, order, (Column("base", "caption"),), prepare, [(0, 8)]).batches(0, 800)
+    next(closed)
+    own = set(threading.enumerate()) - before
+    assert own
+    closed.close()
+    assert not own & set(threading.enumerate())
 
 
 SHARD_ROWS = (600, 300, 600)

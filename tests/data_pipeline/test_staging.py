@@ -125,14 +125,14 @@ def test_a_damaged_copy_in_the_cache_is_replaced_from_the_store(
 def test_a_shard_reads_from_a_bucket_a_few_times_what_it_writes_however_many_units_its_rows_come_from(
     tmp_path: Path, make_corpus: Callable[..., Path]
 ) -> None:
-    units, rows, shard_rows = 4, 80, 8
+    units, rows, shard_rows = 4, 80, 4  # so few of a unit in a shard that none is copied to the cache
     for number in range(units):
         make_corpus(tmp_path / "in" / f"{number}.tar", range(rows * number, rows * (number + 1)))
     values = {"inputs": [{"kind": "webdataset", "uri": str(tmp_path / "in")}], "shard_rows": shard_rows}
     store = DistantStore(tmp_path / "out")
     build_corpus(CorpusConfig.model_validate(values | {"output": str(tmp_path / "out")}), store=store)
     written = open_dataset(str(tmp_path / "out")).manifest["bytes"]
-    # Each family reads its rows whole, and their places; here a shard takes one row in forty of a unit.
+    # Each family reads its rows whole, and their places; here a shard takes one row in eighty of a unit.
     assert 0 < store.staged_bytes < 3 * written
     # Of the manifests, which a plan counts as well, there are as many as of the indices.
     reads = units * rows // shard_rows * reads_of_a_shard(shard_rows, units)
