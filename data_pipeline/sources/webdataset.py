@@ -149,7 +149,7 @@ def _plain_member(headers: HeaderFile, tar: tarfile.TarFile) -> tarfile.TarInfo 
 
     tarfile spends most of its time on a header for owners, times and devices (about 0.1 ms in a profile).
     """
-    if tar.firstmember is not None or tar.pax_headers:  # type: ignore[attr-defined]
+    if tar.firstmember is not None or tar.pax_headers or tar.offset > headers.end_bytes:  # type: ignore[attr-defined]
         return None
     headers.seek(tar.offset)
     header = headers.read(tarfile.BLOCKSIZE)

@@ -30,6 +30,13 @@ def index_of(data: bytes) -> tuple[str, str]:
     return repr(found), re.sub(r"at byte \d+", "", damage)
 
 
+def both_ways_find_the_same(data: bytes) -> bool:
+    short = index_of(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webdataset, "_plain_member", lambda headers, tar: None)
+        return index_of(data) == short
+
+
 def test_all_but_the_first_of_plain_headers_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     short, found = webdataset._plain_member, []
     monkeypatch.setattr(webdataset, "_plain_member", lambda *given: found.append(short(*given)) or found[-1])
@@ -47,7 +54,12 @@ def test_both_ways_find_the_same_in_whole_and_damaged_tars(format_: int, data: s
             st.sampled_from([0, 32, 48, 49, 55, 56, 255])
         )
     cut = data.draw(st.just(len(damaged)) | st.integers(0, len(damaged)))
-    short = index_of(bytes(damaged[:cut]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(webdataset, "_plain_member", lambda headers, tar: None)
-        assert index_of(bytes(damaged[:cut])) == short
+    assert both_ways_find_the_same(bytes(damaged[:cut]))
+
+
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_both_ways_find_the_same_in_a_tar_that_is_cut_next_to_a_header(format_: int) -> None:
+    whole = tar_of(format_)
+    for end in range(0, len(whole), tarfile.BLOCKSIZE):
+        for cut in range(max(end - 2, 0), end + 3):
+            assert both_ways_find_the_same(whole[:cut]), cut
