@@ -13,9 +13,10 @@ test: .venv/test-installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --durations=10 -m "not drill" -n 2 --dist loadfile
 
-# What kills, waits or sweeps, in full; CI takes a short sample of it.
+# What kills, waits or sweeps, in full; CI takes a short sample of it. And property tests on examples of their own.
 drills: .venv/test-installed
 	$(BIN)/python -m pytest -q -m drill
+	$(BIN)/python -m pytest -q -m "hypothesis and not drill" --hypothesis-profile explore -n 2 --dist loadfile
 
 # The site, in build/docs; a warning is an error. Its tools need Python >= 3.11.
 docs: .venv/docs-installed

@@ -1,8 +1,9 @@
 """P1 and P2: the corpus builder against its own kernels, against img2dataset's resize path and against Ray Data.
 
-    python -m benchmarks.corpus --photographs FOLDER [--large FOLDER] [--repetitions 4]
+    python -m benchmarks.corpus --photographs FOLDER [--originals FOLDER] [--large FOLDER] [--repetitions 4]
 
-FOLDER holds webdataset tars of captioned photographs (in subfolders too), `--large` a folder of camera pictures. Under
+FOLDER holds webdataset tars of captioned photographs (in subfolders too), those of `--originals` as the web has them,
+not reduced before; `--large` is a folder of camera pictures. Under
 `.glidepath/benchmarks/` they are dealt to equal tars, and img2dataset gets its virtual environment. Per core:
 
 - kernels: tarfile, simplejpeg, OpenCV's area filter to 256 and 64, JPEG again; nothing is checked, kept or written;
@@ -45,9 +46,17 @@ from data_pipeline.executor import InlineExecutor, one_thread
 from data_pipeline.manifests import Document
 
 TARGETS = {"P1": 0.85, "P2 img2dataset": 3.0, "P2 Ray Data": 1.5, "two workers": 1.8}
-TARS = {"photographs": 4, "large": 2}  # equal ones, so that two workers end together, as they do in a long build
+TARS = {
+    "photographs": 4,
+    "originals": 2,
+    "large": 2,
+}  # equal ones, so that two workers end together, as they do in a long build
 SHARDS = 2  # for the same reason
-RECORDS = {"photographs": 4240, "large": 400}  # in all; the photographs come again until they are so many
+RECORDS = {
+    "photographs": 4240,
+    "originals": 1200,
+    "large": 400,
+}  # in all; the photographs come again until they are so many
 IMG2DATASET = "img2dataset==1.47.0"
 UPSAMPLER_SIDE, BASE_SIDE = 256, 64
 
@@ -242,6 +251,7 @@ def measure_memory(photographs: list[tuple[bytes, bytes]], scratch: Path, record
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photographs", type=Path)
+    parser.add_argument("--originals", type=Path)
     parser.add_argument("--large", type=Path)
     parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of records, to see that it works")
@@ -283,7 +293,7 @@ def main() -> None:
         return
     home = state_folder() / "benchmarks"
     home.mkdir(parents=True, exist_ok=True)
-    sets = {"photographs": arguments.photographs} | ({"large": arguments.large} if arguments.large else {})
+    sets = {name: folder for name in TARS if (folder := getattr(arguments, name))}
     document: Document = {"targets": TARGETS, "img2dataset": IMG2DATASET, "tars": TARS}
     with tempfile.TemporaryDirectory(dir=home) as temporary, InlineExecutor(2) as two_workers:
         scratch = Path(temporary)
