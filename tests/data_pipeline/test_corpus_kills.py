@@ -313,6 +313,14 @@ def behind(link: FaultyLink) -> dict[str, str]:
     return {**store, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": store}})}
 
 
+def end_outage(link: FaultyLink, build: subprocess.Popen[str]) -> None:
+    """After 4 s, or when somebody has felt it: the tasks of a killed node begin anew later than that."""
+    time.sleep(4.0)
+    while link.refused == 0 and build.poll() is None:
+        time.sleep(0.1)
+    link.down = False
+
+
 @DRILL
 @pytest.mark.parametrize("victim", ["driver", "task", "node"])
 @pytest.mark.parametrize("seed", range(300, 304))
@@ -353,7 +361,7 @@ def test_a_build_into_a_real_s3_server_over_a_bad_link_survives_a_kill_of_any_ki
         build = start()
         wait_for(lambda: link.connections > begun + 2)  # past the check of the store, which is meant to give up soon
     link.down = True
-    outage = threading.Timer(4.0, lambda: setattr(link, "down", False))
+    outage = threading.Thread(target=end_outage, args=(link, build))
     outage.start()
     code, stdout, stderr = finish(build)
     outage.join()
