@@ -36,7 +36,7 @@ source stack/env
 
 # 3. The noised CLIP that scores, of pictures that the generator never sees. 16 px, as all of it; both towers are trained.
 glidepath train small-noised-clip dataset=clip images=57344 model.image_size=16 model.patch_size=4 \
-    model.{embedding=64,image_heads=4,image_init=clip,text_layers=1,text_heads=2} \
+    model.{embedding=64,image_layers=2,image_heads=4,image_init=clip,text_layers=1,text_heads=2} \
     lock_image=false logit_normal=null lr=1e-3 dropout=0.2 weight_decay=0.2 logit_scale=20 \
     heldout='{dataset: heldout, images: 200, every_images: 8192}'
 python "$project/benchmarks/study.py" photographs --clip runs/small-noised-clip generator-captions heldout > figures/photographs.json
