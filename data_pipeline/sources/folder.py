@@ -62,8 +62,10 @@ def read_records(folder: Path) -> Iterator[Record | Rejected]:
     pictures = {name for name in names if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES}
     there = set(names)
     pictures |= lines.by_picture.keys() & there
+    # Of `a.TXT` and `a.txt` the latter, which sorts last.
+    captions = {_caption_of(name): name for name in names if name.lower().endswith(CAPTION_ENDING)}
     for name in sorted(pictures):
-        yield _record(folder, name, lines.by_picture.get(name))
+        yield _record(folder, name, lines.by_picture.get(name), captions.get(_caption_of(name)))
     for name in sorted(lines.by_picture.keys() - there):
         yield Rejected(text_key(name), "image_missing", f"named in {text_key(lines.by_picture[name].jsonl)}")
     beside = {_caption_of(name) for name in pictures}
@@ -73,12 +75,12 @@ def read_records(folder: Path) -> Iterator[Record | Rejected]:
     yield from lines.rejected
 
 
-def _record(folder: Path, name: str, line: Line | None) -> Record | Rejected:
+def _record(folder: Path, name: str, line: Line | None, caption: str | None) -> Record | Rejected:
     key = text_key(name)
     try:
         image = read_beneath(folder, name)
         if line is None:
-            return Record(key, image, (_caption_beside(folder, name),))
+            return Record(key, image, (_caption_beside(folder, caption or _caption_of(name)),))
         document = fields.document_of(_read_line(folder, line)) or {}
     except Unusable as unusable:
         return Rejected(key, unusable.reason, unusable.detail)
@@ -88,8 +90,7 @@ def _record(folder: Path, name: str, line: Line | None) -> Record | Rejected:
     return Record(key, image, captions, fields.numbers_of(document))
 
 
-def _caption_beside(folder: Path, name: str) -> bytes:
-    caption = _caption_of(name)
+def _caption_beside(folder: Path, caption: str) -> bytes:
     try:
         return read_beneath(folder, caption, TEXT_LIMIT_BYTES)
     except Unusable as unusable:
@@ -97,8 +98,9 @@ def _caption_beside(folder: Path, name: str) -> bytes:
         raise Unusable(reason, text_key(PurePosixPath(caption).name)) from None
 
 
-def _caption_of(picture: str) -> str:
-    return str(PurePosixPath(picture).with_suffix(CAPTION_ENDING))
+def _caption_of(name: str) -> str:
+    """How the caption file beside a picture, or a caption file itself, is usually spelt."""
+    return str(PurePosixPath(name).with_suffix(CAPTION_ENDING))
 
 
 def _lines(folder: Path, jsonls: list[str]) -> Lines:

@@ -147,6 +147,21 @@ def test_a_caption_without_a_picture_is_counted_in_a_folder_as_in_a_tar(tmp_path
     assert outcomes(read("webdataset", make_tar(tmp_path / "a.tar", samples)))["image_missing"] == 3
 
 
+def test_a_caption_file_beside_a_picture_may_be_spelt_in_capitals(tmp_path: Path) -> None:
+    for name, data in {
+        "a.JPG": b"picture",
+        "a.TXT": b"large",
+        "b.jpg": b"picture",
+        "b.TXT": b"large",
+        "b.txt": b"small",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    assert read("folder", tmp_path) == [
+        Record("a.JPG", b"picture", (b"large",)),
+        Record("b.jpg", b"picture", (b"small",)),
+    ]
+
+
 def test_a_folder_within_that_cannot_be_listed_is_named_not_passed_over(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "in" / "closed").mkdir(parents=True)
     (tmp_path / "in" / "a.jpg").write_bytes(b"picture")
