@@ -44,10 +44,16 @@ class InlineExecutor:
     def __enter__(self) -> InlineExecutor:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            # To end at once; the next call begins anew what they are at. If they were waited for, a second signal would
+            # end the waiting but not them, and Python's own end would wait for ever for processes that wait for work.
+            for process in list(pool._processes.values()):
+                process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """See Executor. Raises the first error of an item, and UserError if a process was killed."""

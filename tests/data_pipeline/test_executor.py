@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import alive
 
 from data_pipeline.errors import UserError
 from data_pipeline.executor import IN_FLIGHT_PER_WORKER, InlineExecutor
@@ -76,6 +78,36 @@ def test_the_processes_of_a_driver_that_is_killed_end(tmp_path: Path) -> None:
     driver.kill()
     # Their end of the pipe closes only with them.
     assert len(pids) >= 1 and driver.communicate(timeout=20)
+
+
+INTERRUPTED = """
+import os, time
+from cluster.signals import end_on_signals
+from data_pipeline.executor import InlineExecutor
+
+def work(number):
+    print(os.getpid(), flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    end_on_signals()
+    with InlineExecutor(2) as executor:
+        list(executor.map(work, range(4)))
+"""
+
+
+def test_a_driver_that_is_interrupted_twice_ends_at_once_and_its_processes_with_it(tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(INTERRUPTED)
+    driver = subprocess.Popen(
+        [sys.executable, str(tmp_path / "driver.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    pids = [int(driver.stdout.readline()) for _ in range(2)]
+    for _ in range(2):
+        driver.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    _, stderr = driver.communicate(timeout=20)
+    assert driver.returncode == 1 and "Interrupted" in stderr and not any(map(alive, pids))
 
 
 def test_a_killed_worker_is_reported_in_one_line() -> None:
