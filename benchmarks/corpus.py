@@ -46,17 +46,11 @@ from data_pipeline.executor import InlineExecutor, one_thread
 from data_pipeline.manifests import Document
 
 TARGETS = {"P1": 0.85, "P2 img2dataset": 3.0, "P2 Ray Data": 1.5, "two workers": 1.8}
-TARS = {
-    "photographs": 4,
-    "originals": 2,
-    "large": 2,
-}  # equal ones, so that two workers end together, as they do in a long build
+# Equal ones, so that two workers end together, as they do in a long build.
+TARS = {"photographs": 4, "originals": 2, "large": 2}
 SHARDS = 2  # for the same reason
-RECORDS = {
-    "photographs": 4240,
-    "originals": 1200,
-    "large": 400,
-}  # in all; the photographs come again until they are so many
+# In all; the photographs come again until they are so many.
+RECORDS = {"photographs": 4240, "originals": 1200, "large": 400}
 IMG2DATASET = "img2dataset==1.47.0"
 UPSAMPLER_SIDE, BASE_SIDE = 256, 64
 

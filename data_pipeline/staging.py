@@ -157,7 +157,8 @@ class StagedUnit:
         if self._cached is not None:
             machine_cache().forget(self._cache_name())
             self._cached = None
-        self._ends.clear()
+        with self._reads_index:
+            self._ends.clear()
         return self._rows(family, start, stop)
 
     @property

@@ -67,12 +67,9 @@ class LocalStore:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         try:
-            # Not `open`: of a small range its buffer and its looks at the file cost as much as the reading.
-            descriptor = os.open(self._path(key), os.O_RDONLY)
-            try:
-                return os.pread(descriptor, length, start)
-            finally:
-                os.close(descriptor)
+            with self._path(key).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise ObjectNotFound(f"{self.uri}/{key}") from None
 
